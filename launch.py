@@ -1,0 +1,66 @@
+"""From a command line to `main(config)`: flags, errors of one line, processes, logs. Every script starts through here."""
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+def command_line(Config, main, doc: str) -> None:
+    """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
+    mend) ends with one line and exit code 2."""
+    parser = HfArgumentParser(Config, description=doc.split("\n\n")[0])
+    try:
+        main(parser.parse_args_into_dataclasses()[0])
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):     # for a developer
+            raise
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_process() -> tuple[int, int, str]:
+    """(rank, number of processes, device) of this process. torchrun sets the environment; without it one process
+    works alone, and on a GPU still through FSDP2, so that its weights are kept in fp32 and used in bf16."""
+    logging.disable_progress_bar()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size(), device
+    backend = "nccl" if device != "cpu" else "gloo"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif device != "cpu":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+
+def gather(mine: list) -> list:
+    """The lists of all processes as one, in the order of their ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it, so that nobody ever reads half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def write_config(config, folder: str | Path) -> None:
+    write_whole(Path(folder) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")

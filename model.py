@@ -1,0 +1,219 @@
+"""Qwen2.5-VL: load it, encode a text with its clip, run it, shard it, save it.
+
+The whole project calls the model through `Policy.forward`, with token ids, positions and an attention mask
+that this project computes itself:
+
+- positions: multimodal rotary positions as Qwen2.5-VL was trained with them. On the time axis a patch is at
+  floor(t * seconds_per_grid * tokens_per_second), on the others at its row and column; text after the video
+  starts at the largest position in the video + 1. transformers >= 5.3 places that text elsewhere, so its own
+  positions are never used.
+- mask: True where a token may look, (B, 1, L, past + L). grpo.py packs the G completions of one prompt into one
+  sequence with it.
+
+Departure from transformers' processor: none in the numbers. Patches are cut here (20 lines) because the library's
+video processor needs torchvision and guesses the frame rate.
+"""
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from video import Clip
+
+PATCH, MERGE = 14, 2            # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)     # of CLIP's training images,
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)     # as Qwen2.5-VL's processor has them
+LOGITS_AT_ONCE = 2 ** 26        # scoring holds at most this many logits: 256 MB in fp32
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message names the folder and the way out."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model sees of one sample: a chat with one video in it."""
+
+    ids: Tensor         # (P,) token ids, one <|video_pad|> per video token
+    positions: Tensor   # (3, P) time, row and column
+    patches: Tensor     # (N, 1176) normalised pixels, N = t * h * w
+    grid: Tensor        # (3,) t, h, w in patches
+
+
+def cut_patches(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 frames (T, 3, H, W), T even, H and W multiples of 28 -> patches (N, 1176) and grid (3,).
+
+    The patches of one 2 x 2 block follow each other, since the vision tower merges four in a row into a token.
+    """
+    t, c, height, width = frames.shape
+    h, w = height // PATCH, width // PATCH
+    pixels = (frames.float() / 255 - MEAN) / STD
+    pixels = pixels.view(t // 2, 2, c, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    pixels = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)          # (T/2, h/2, w/2, 2, 2, C, 2, 14, 14)
+    return pixels.reshape(-1, c * 2 * PATCH * PATCH), torch.tensor([t // 2, h, w])
+
+
+def place(ids: Tensor, video_pad: int, grid: Tensor, seconds_per_grid: float, tokens_per_second: float) -> Tensor:
+    """Positions (3, P) of a token sequence (P,) with one video of `grid` patches in it (Qwen2.5-VL, Section 2.1.2)."""
+    t, h, w = grid[0].item(), grid[1].item() // MERGE, grid[2].item() // MERGE
+    first = int((ids == video_pad).nonzero()[0])
+    before, after = torch.arange(first), torch.arange(len(ids) - first - t * h * w)
+    time = (torch.arange(t) * seconds_per_grid * tokens_per_second).long()
+    video = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).view(3, -1) + first
+    return torch.cat([before.expand(3, -1), video, after.expand(3, -1) + video.max() + 1], dim=1)    # (3, P)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns (text, clip) into a Prompt, and completions into text, for one model folder."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens_per_second: float
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return self.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
+
+    def encode(self, text: str, clip: Clip) -> Prompt:
+        """A user turn of text, then video, through the folder's own chat template."""
+        patches, grid = cut_patches(clip.frames)
+        chat = [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "video"}]}]
+        ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+        ids = torch.tensor(ids["input_ids"])
+        pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+        at = (ids == pad).nonzero()
+        if len(at) != 1:
+            raise ModelError(f"the chat template makes {len(at)} <|video_pad|> tokens of one video; "
+                             "use the tokenizer of a Qwen2.5-VL folder")
+        pads = torch.full((len(patches) // MERGE ** 2,), pad)
+        ids = torch.cat([ids[:at[0, 0]], pads, ids[at[0, 0] + 1:]])                               # (P,)
+        return Prompt(ids, place(ids, pad, grid, 2 / clip.fps, self.tokens_per_second), patches, grid)
+
+    def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """Texts of completions (rows, C); what the mask excludes and special tokens are left out."""
+        return self.tokenizer.batch_decode([row[keep.bool()] for row, keep in zip(ids.cpu(), mask.cpu())],
+                                           skip_special_tokens=True)
+
+
+class Policy(nn.Module):
+    """Qwen2.5-VL with the one forward pass that sampling and scoring share.
+
+    Vision tokens have probability 0 in both: a policy that emits one breaks its own next forward pass.
+    """
+
+    def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
+        super().__init__()
+        self.qwen = qwen
+        self.forbidden = forbidden
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """(n, hidden size) -> logits (n, V) of the distribution that is sampled from and scored, at least fp32."""
+        logits = self.qwen.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits.index_fill(-1, torch.tensor(self.forbidden, device=logits.device), -torch.inf)
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        return -F.cross_entropy(self.logits(hidden, temperature), targets, reduction="none")        # (n,)
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, patches: Tensor | None = None,
+                grid: Tensor | None = None, cache=None, at: Tensor | None = None, targets: Tensor | None = None,
+                temperature: float = 1.0) -> Tensor:
+        """One pass over ids (B, L), positions (3, B, L), mask (B, 1, L, past + L) and the videos of all rows,
+        patches (sum of N, 1176) and grid (B, 3).
+
+        Without `targets`: logits (B, V) after the last token. With them: log-probabilities (n,) of the tokens
+        `targets` (n,), each predicted at the flat index `at` (n,) into B * L. The vocabulary's logits are made a
+        chunk of tokens at a time, and again in the backward pass, so that n x V is never held whole.
+        """
+        embeds = self.qwen.get_input_embeddings()(ids)                                              # (B, L, H)
+        if patches is not None:
+            visual = self.qwen.model.visual
+            video = visual(patches.to(visual.dtype), grid_thw=grid).pooler_output                   # (tokens, H)
+            pads = (ids == self.qwen.config.video_token_id)[..., None]
+            embeds = embeds.masked_scatter(pads, video.to(embeds.dtype))
+        hidden = self.qwen.model.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
+            past_key_values=cache, use_cache=cache is not None).last_hidden_state                   # (B, L, H)
+        if targets is None:
+            return self.logits(hidden[:, -1], temperature)
+        hidden = hidden.flatten(0, 1)[at]                                                           # (n, H)
+        size = max(1, LOGITS_AT_ONCE // self.qwen.lm_head.out_features)
+        chunks = zip(hidden.split(size), targets.split(size))
+        if len(targets) <= size:
+            return self.token_logprobs(hidden, targets, temperature)
+        return torch.cat([checkpoint(self.token_logprobs, h, y, temperature, use_reentrant=False) for h, y in chunks])
+
+
+def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Policy, Encoder]:
+    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors.
+
+    Raises ModelError when there is no such folder or it holds another architecture.
+    """
+    try:
+        kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: not a model folder, its config.json cannot be read ({error}); "
+                         "give --model a folder with config.json, *.safetensors and tokenizer.json") from error
+    if kind != "qwen2_5_vl":
+        raise ModelError(f"{folder}: model_type is {kind!r}, not 'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                              attn_implementation="sdpa").to(device)
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
+    if missing:
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
+    forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+    return Policy(qwen, forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second)
+
+
+def shard(policy: Policy) -> Policy:
+    """Spread weights, gradients and optimizer states over all processes (FSDP2), each decoder layer, the vision
+    tower and the root a unit of its own; compute in bf16 on a GPU, fp32 on a CPU. One CPU process stays as it is."""
+    if not dist.is_initialized():
+        return policy
+    half = next(policy.parameters()).is_cuda
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half \
+        else MixedPrecisionPolicy()
+    for unit in (*policy.qwen.model.language_model.layers, policy.qwen.model.visual, policy):
+        fully_shard(unit, mp_policy=precision)
+    return policy
+
+
+def gathered(policy: Policy, keep: bool) -> None:
+    """While sampling, keep the weights gathered (`keep`): ranks then sample different lengths without waiting for
+    each other, and no layer is fetched again for every token. Afterwards free them."""
+    if hasattr(policy, "set_reshard_after_forward"):
+        policy.set_reshard_after_forward(not keep, recurse=True)
+        if not keep:
+            for unit in policy.modules():
+                if hasattr(unit, "reshard"):
+                    unit.reshard()
+
+
+def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
+    """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)                     # a collective when sharded
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder = Path(folder)
+        unfinished = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        policy.qwen.save_pretrained(unfinished, state_dict={k.removeprefix("qwen."): v for k, v in weights.items()})
+        encoder.tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+    if dist.is_initialized():
+        dist.barrier()

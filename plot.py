@@ -1,0 +1,130 @@
+"""Logs and answers -> pictures: how training went, and what the model answers before and after it.
+
+    python plot.py RUN_DIR [RUN_DIR ...] --output curves.png   # folders that hold a metrics.jsonl, or such files
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.switch_backend("Agg")   # pictures are files; no display is needed
+plt.rc("axes.spines", top=False, right=False)
+COLOURS = {"TVG": "#0072B2", "VC": "#D55E00", "AR": "#009E73", "VD": "#CC79A7",   # safe for the colour-blind
+           "truth": "#444444", "before": "#E69F00", "after": "#0072B2", "other": "#56B4E9"}
+PANELS = [   # title, keys, label of the y axis, its upper end (None: the data's)
+    ("Total reward", ["reward"], "reward, mean of a step", 2),
+    ("Format reward", ["format"], "share of completions", 1),
+    ("Task reward (IoU; VC, AR, VD)", ["iou", "vc", "ar", "vd"], "reward, mean of a step", 1),
+    ("KL to the reference policy", ["kl"], "nats per token", None),
+    ("Completion length", ["tokens"], "tokens, mean of a step", None),
+    ("Truncated completions", ["truncated"], "share of completions", 1),
+    ("Flat groups (all rewards equal)", ["flat"], "share of groups", 1),
+    ("Gradient norm", ["grad_norm"], "norm before clipping", None)]
+
+
+def read(path):
+    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts; without a torn last line and NaN."""
+    path = Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the output folder of train.py")
+    lines, steps = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line, parse_constant=lambda _: None)
+            steps.append({"task": "?", **step, "step": int(step["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):   # the last one may be half written
+                raise ValueError(f"{path}: line {number} is not the JSON object of a step; remove it") from error
+    if not steps:
+        raise ValueError(f"{path}: holds no steps; wait for the first one or give another run")
+    return steps
+
+
+def curves(metrics_files, out_png):
+    """Draw the logs of one run (a path) or of several ({name: path}, told apart by line style) into a PNG.
+
+    A panel a quantity and a colour a task: faint points are steps, lines running means. ValueError: a bad log.
+    """
+    files = metrics_files if isinstance(metrics_files, dict) else {"": metrics_files}
+    runs = {name: read(path) for name, path in files.items()}
+    present = {step["task"] for steps in runs.values() for step in steps}
+    tasks = {task: COLOURS.get(task, COLOURS["other"]) for task in [*COLOURS, *sorted(present)] if task in present}
+    styles = dict(zip(runs, ["-", "--", ":", "-."] * len(runs)))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    for axis, (title, keys, label, top) in zip(axes.flat, PANELS):
+        for (name, steps), (task, colour) in ((run, task) for run in runs.items() for task in tasks.items()):
+            points = [(s["step"], s[k]) for s in steps for k in keys if s["task"] == task and s.get(k) is not None]
+            if points:
+                x, y = np.array(points, dtype=float).T   # (n,), (n,)
+                kernel = np.ones((min(max(len(y) // 8, 5), len(y)) - 1) | 1)   # odd, so that the mean is centred
+                mean = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
+                axis.plot(x, y, ".", color=colour, alpha=0.3 / len(runs) ** 0.5, markersize=6, markeredgewidth=0)
+                axis.plot(x, mean, styles[name], color=colour, linewidth=1.8)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="grey")
+        top = top or max([max(line.get_ydata()) for line in axis.lines], default=1) or 1
+        axis.set(title=title, xlabel="step", ylabel=label, ylim=(-0.03 * top, 1.05 * top))
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.25)
+    handles = [plt.Line2D([], [], color=colour, linewidth=3, label=task) for task, colour in tasks.items()]
+    handles += [plt.Line2D([], [], color="black", linestyle=styles[name], label=name) for name in runs if len(runs) > 1]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 8), frameon=False)
+    save(figure, out_png)
+
+
+def examples(rows, out_png):
+    """Draw answers as bars under the frames of their videos, on one time axis in seconds, into a PNG.
+
+    rows: dicts of clip (a Clip), query, truth (start, end), answers and iou {"before": ..., "after": ...}; an answer
+    is (start, end) in seconds or None. The left edge of a frame is its time; what does not fit its place is cut off.
+    """
+    figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.2 * len(rows)), squeeze=False, layout="constrained")
+    for axis, row in zip(axes[:, 0], rows):
+        clip, (total, _, h, w) = row["clip"], row["clip"].frames.shape
+        n = min(max(round(13 * h / w), 10), 16, total)   # the strip is 13 times as wide as high
+        x, y = max(w - 13 * h // n, 0) // 2, max(h - w * n // 13, 0) // 2   # cut off at each side
+        for i in range(n):
+            frame = clip.frames[i * total // n, :, y:h - y, x:w - x].permute(1, 2, 0).numpy()   # (H', W', 3)
+            left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # shown at `left`, a gap at the right
+            axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
+        bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
+        heights = [-0.75 - 0.8 * i for i in range(len(bars))]
+        for y, (name, span) in zip(heights, bars.items()):
+            if span is None:
+                axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
+            else:   # an answer of no length is a thin line
+                left, right = np.clip(span, 0, clip.duration)
+                axis.barh(y, max(right - left, 0.004 * clip.duration), 0.6, left, color=COLOURS.get(name))
+        scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
+        axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
+        axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
+        axis.spines["left"].set_visible(False)
+    axes[-1, 0].set_xlabel("time (s)")
+    save(figure, out_png)
+
+
+def save(figure, out_png):
+    """Write a picture whole: to a temporary name, then renamed."""
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)   # inches
+    figure.savefig(f"{out_png}.part", dpi=130, format="png")
+    plt.close(figure)
+    Path(f"{out_png}.part").replace(out_png)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Draw the curves of one or several training runs.")
+    parser.add_argument("runs", nargs="+", help="output folders of train.py, or metrics.jsonl files")
+    parser.add_argument("--output", default="curves.png", help="the picture to write")
+    options = parser.parse_args(arguments)
+    try:
+        curves({run: run for run in options.runs}, options.output)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

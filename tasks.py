@@ -1,0 +1,77 @@
+"""The four tasks: what the model is asked, what it sees, how its completion is rewarded, and the draw between them.
+
+Algorithm 1, lines 6-15: every step draws TVG with probability p, else one of the inversion tasks uniformly
+(Eq. 12, 13), one task for the whole batch. TVG sees the whole video; an inversion task sees the annotated segment,
+which is TVG's answer, and is asked for what TVG is told (Eq. 1, 2).
+
+A new inversion task is one reward function in rewards.py and one `Task(...)` here.
+
+Departures from the paper:
+1. Its prompts are used with the answer's format spelled out behind them, since the format is rewarded (Eq. 9).
+2. In VC every verb of the query is masked, since Eq. 5 compares all of them.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+import rewards
+from data import Sample
+from model import Encoder, Prompt
+from rewards import Reward
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    template: str                               # may hold {query}, or {masked}: the query with [] for each verb
+    segment: bool                               # sees the annotated segment only, not the whole video
+    reward: Callable[[str, Sample], Reward]     # (completion, sample) -> named parts; their sum is Eq. 10 or 11
+
+    def prompt(self, sample: Sample) -> str:
+        return self.template.format(query=sample.query, masked=mask_verbs(sample.query))
+
+
+FORM = "Reply as <think>your thoughts</think> <answer>{}</answer>"
+TASKS = {task.name: task for task in (
+    Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
+         segment=False, reward=rewards.tvg),
+    Task("VC", 'Add a verb for the event "{masked}" based on the video. ' + FORM.format("the whole sentence"),
+         segment=True, reward=rewards.vc),
+    Task("AR", "Use a verb to describe the event based on the video. " + FORM.format("one verb"),
+         segment=True, reward=rewards.ar),
+    Task("VD", "Describe what people have done based on the video. " + FORM.format("one sentence"),
+         segment=True, reward=rewards.vd),
+)}
+INVERSIONS = tuple(name for name, task in TASKS.items() if task.segment)
+
+
+def mask_verbs(query: str) -> str:
+    """'a person closed the door' -> 'a person [] the door'; nothing but the verbs changes."""
+    for start, end, _ in reversed(rewards.verb_spans(query)):
+        query = query[:start] + "[]" + query[end:]
+    return query
+
+
+def draw(step: int, seed: int, tvg_prob: float, names: list[str]) -> Task:
+    """The task of a step (Eq. 13): TVG with probability tvg_prob, else one of `names` uniformly. It depends on
+    (seed, step) only, so every process draws the same."""
+    rng = np.random.default_rng([seed, step])
+    return TASKS["TVG"] if rng.random() < tvg_prob else TASKS[names[rng.integers(len(names))]]
+
+
+def with_verb(samples: list[Sample]) -> list[Sample]:
+    """The samples that an inversion task can use: there must be a verb to ask for."""
+    found = rewards.verbs_of([sample.query for sample in samples])
+    return [sample for sample, verbs in zip(samples, found) if verbs]
+
+
+def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
+    """What the model sees of a sample: load(path) gives its clip, an inversion task gets the segment of it.
+
+    Raises VideoError when the video cannot be read.
+    """
+    clip = load(sample.video)
+    if task.segment:
+        clip = clip.cut(sample.start, sample.end)
+    return encoder.encode(task.prompt(sample), clip)

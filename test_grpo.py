@@ -1,0 +1,207 @@
+"""The shared-prefix forms against the plain, repeated ones; advantages and loss against the formulas by hand."""
+import math
+
+import pytest
+import torch
+
+import grpo
+import model
+
+
+def stop(encoder):
+    return encoder.stop_ids
+
+
+def completions_of(policy, lengths, seed=1):
+    """Random completions (B, G, C) and their mask, of the given lengths [[...], [...]]; no forbidden tokens."""
+    lengths = torch.tensor(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    allowed = torch.tensor([i for i in range(policy.qwen.lm_head.out_features) if i not in policy.forbidden])
+    ids = allowed[torch.randint(len(allowed), (*lengths.shape, int(lengths.max())), generator=generator)]
+    mask = (torch.arange(int(lengths.max())) < lengths[..., None]).long()
+    return ids * mask, mask
+
+
+def repeated(policy, prompts, completions, mask, temperature):
+    """The oracle: every completion in a sequence of its own behind its own copy of the prompt and the video, through
+    transformers' own forward pass, log-softmax over the whole vocabulary."""
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    for b, prompt in enumerate(prompts):
+        for g in range(completions.shape[1]):
+            tokens = completions[b, g][mask[b, g].bool()]
+            after = prompt.positions.max() + 1 + torch.arange(len(tokens))
+            ids = torch.cat([prompt.ids, tokens])[None]
+            logits = policy.qwen(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=prompt.patches.double(),
+                position_ids=torch.cat([prompt.positions, after.expand(3, -1)], 1)[:, None],
+                video_grid_thw=prompt.grid[None]).logits[0] / temperature
+            logits[:, policy.forbidden] = -torch.inf
+            logp = logits.log_softmax(-1)[len(prompt.ids) - 1:-1]
+            out[b, g, :len(tokens)] = logp.gather(1, tokens[:, None])[:, 0]
+    return out
+
+
+@pytest.mark.parametrize("chunk", [model.LOGITS_AT_ONCE, 2000])     # in one piece, and a few tokens at a time
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_shared_prefix_equals_repeated(tiny, prompts, chunk, temperature, monkeypatch):
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", chunk)
+    policy, _ = tiny
+    completions, mask = completions_of(policy, [[5, 1, 7], [2, 6, 3]])
+    weight = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for form in (grpo.logprobs, repeated):
+        policy.zero_grad()
+        logp = form(policy, prompts, completions, mask, temperature)
+        (logp * weight * mask).sum().backward()
+        results.append((logp.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
+    (shared, shared_grads), (plain, plain_grads) = results
+    assert (shared[mask == 0] == 0).all()
+    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-6)         # transformers' norms compute in fp32
+    assert len(shared_grads) == len(plain_grads) > 30
+    for a, b in zip(shared_grads, plain_grads):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+def test_completion_does_not_see_its_neighbours(tiny, prompts):
+    policy, _ = tiny
+    completions, mask = completions_of(policy, [[5, 4], [5, 4]])
+    changed = completions.clone()
+    changed[:, 1, :4] = changed[:, 1, :4].flip(-1)
+    with torch.no_grad():
+        before, after = (grpo.logprobs(policy, prompts, c, mask) for c in (completions, changed))
+    torch.testing.assert_close(before[:, 0], after[:, 0], rtol=1e-6, atol=1e-7)
+    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprob_equals_scored(tiny, prompts, temperature):
+    policy, encoder = tiny
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    rollouts = grpo.rollout(policy, prompts, 4, 12, stop(encoder), generators, temperature)
+    with torch.no_grad():
+        scored = grpo.logprobs(policy, prompts, rollouts.completions, rollouts.mask, temperature)
+    torch.testing.assert_close(scored.float(), rollouts.logprobs, rtol=1e-4, atol=1e-5)
+    assert not torch.isin(rollouts.completions[rollouts.mask.bool()], torch.tensor(policy.forbidden)).any()
+
+
+def test_sampling_depends_on_the_prompts_own_generator_only(tiny, prompts):
+    policy, encoder = tiny
+    seeded = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
+    both = grpo.rollout(policy, prompts, 3, 8, stop(encoder), seeded())
+    for row, prompt in enumerate(prompts):
+        alone = grpo.rollout(policy, [prompt], 3, 8, stop(encoder), [seeded()[row]])
+        width = min(alone.mask.shape[-1], both.mask.shape[-1])
+        assert torch.equal(alone.completions[0, :, :width], both.completions[row, :, :width])
+    assert len({tuple(c.tolist()) for c in both.completions.flatten(0, 1)}) > 1      # not one completion G times
+
+
+def test_sample_follows_the_softmax():
+    logits = torch.tensor([0.0, -torch.inf, math.log(3.0), math.log(4.0)])
+    uniform = (torch.arange(8000) + 0.5) / 8000
+    counts = torch.bincount(grpo.sample(logits.expand(8000, -1), uniform), minlength=4)
+    assert counts.tolist() == [1000, 0, 3000, 4000]
+    edges = torch.tensor([0.0, 1 - 2 ** -24])                               # the least and the largest torch.rand
+    assert grpo.sample(logits.expand(2, -1), edges).tolist() == [0, 3]
+    assert grpo.sample(logits[None], None).tolist() == [3]
+
+
+def test_greedy_equals_plain_decoding(tiny, prompts):
+    policy, encoder = tiny
+    rollouts = grpo.rollout(policy, prompts, 1, 6, stop(encoder))
+    for b, prompt in enumerate(prompts):
+        tokens = rollouts.completions[b, 0][rollouts.mask[b, 0].bool()]
+        for c in range(len(tokens)):
+            prefix = torch.cat([tokens[:c], torch.tensor([0])])[None, None]
+            scores = []
+            for candidate in (tokens[c], (tokens[c] + 1) % 200 + 20):       # the choice beats another token
+                prefix[0, 0, c] = candidate
+                if int(candidate) in policy.forbidden:
+                    continue
+                scores.append(repeated(policy, [prompt], prefix, torch.ones_like(prefix), 1.0)[0, 0, c].item())
+            assert scores[0] == max(scores)
+
+
+def test_mask_ends_with_the_stop_token(tiny, prompts):
+    policy, _ = tiny
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
+    free = grpo.rollout(policy, prompts, 4, 20, [], generators())
+    assert free.mask.all() and free.mask.shape[-1] == 20
+    stops = free.completions[:, :, 3].unique().tolist()                     # so that every row stops by then
+    rollouts = grpo.rollout(policy, prompts, 4, 20, stops, generators())
+    assert rollouts.mask.shape[-1] <= 4                                     # no work after the last row stopped
+    for ids, mask in zip(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1)):
+        length = int(mask.sum())
+        assert mask[:length].all() and ids[length - 1] in torch.tensor(stops)
+        assert not torch.isin(ids[:length - 1], torch.tensor(stops)).any()
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.5, 0.5, 0.5, 0.5]])
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)                                    # mean 3, unbiased
+    expected = [(r - 3) / (std + 1e-4) for r in (1, 2, 3, 6)]
+    torch.testing.assert_close(grpo.advantages(rewards), torch.tensor([expected, [0.0] * 4]))
+
+
+def test_groups_are_normalised_on_their_own():
+    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    other = rewards.clone()
+    other[1] += torch.arange(5)
+    assert torch.equal(grpo.advantages(rewards)[[0, 2]], grpo.advantages(other)[[0, 2]])
+
+
+def test_loss_by_hand():
+    logp = torch.tensor([[[-1.0, -2.0], [-0.5, 9.0]]])                      # the 9 is padding
+    old, ref = torch.tensor([[[-1.2, -2.0], [-0.5, 7.0]]]), torch.tensor([[[-1.0, -1.5], [-0.7, 3.0]]])
+    mask, advantage = torch.tensor([[[1, 1], [1, 0]]]), torch.tensor([[2.0, -1.0]])
+    k3 = lambda difference: math.exp(difference) - difference - 1
+    first = ((math.exp(0.2) * 2 - 0.1 * k3(0.0)) + (1 * 2 - 0.1 * k3(0.5))) / 2
+    second = 1 * -1 - 0.1 * k3(-0.2)
+    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, completions=2)
+    assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-6)
+    assert kl.item() == pytest.approx(((k3(0.0) + k3(0.5)) / 2 + k3(-0.2)) / 2, rel=1e-6)
+
+
+def test_loss_equals_the_published_form():
+    """TRL's loss_type="grpo": -(exp(lp - lp.detach()) * A - beta * kl), mean over tokens, then over completions."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
+    ref, advantage = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, generator=generator)
+    mask = (torch.arange(5) < torch.tensor([[5, 1, 3], [2, 4, 5]])[..., None]).long()
+    flat, flat_ref, flat_mask = logp.flatten(0, 1), ref.flatten(0, 1), mask.flatten(0, 1)
+    kl = torch.exp(flat_ref - flat) - (flat_ref - flat) - 1
+    per_token = -(torch.exp(flat - flat.detach()) * advantage.flatten()[:, None] - 0.04 * kl)
+    published = ((per_token * flat_mask).sum(1) / flat_mask.sum(1)).mean()
+    ours, _ = grpo.loss(logp, logp.detach(), ref, advantage, mask, 0.04, 6)
+    gradients = [torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (ours, published)]
+    torch.testing.assert_close(ours, published)
+    torch.testing.assert_close(*gradients)
+
+
+def test_first_step_is_the_policy_gradient():
+    """Ratio 1: the loss is minus the mean advantage, the gradient of a token -A / (tokens * completions)."""
+    logp = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]])                     # the last 1 of a row is its stop token
+    loss, kl = grpo.loss(logp, logp.detach(), None, torch.tensor([[1.5, -0.5]]), mask, 0.04, 2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.5 - 0.5) / 2, abs=1e-6) and kl.item() == 0
+    expected = torch.tensor([[[-1.5 / 6, -1.5 / 6, -1.5 / 6, 0], [0.5 / 4, 0.5 / 4, 0, 0]]])
+    torch.testing.assert_close(logp.grad, expected)
+
+
+def test_training_on_one_batch_raises_the_rewarded_completion(tiny, prompts):
+    policy, _ = tiny
+    completions, mask = completions_of(policy, [[6, 4], [5, 6]])
+    advantage = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * 0.7
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    old = grpo.logprobs(policy, prompts, completions, mask).detach()
+    losses = []
+    for _ in range(5):
+        logp = grpo.logprobs(policy, prompts, completions, mask)
+        loss, _ = grpo.loss(logp, old, old, advantage, mask, 0.01, 4)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+    gain = (grpo.logprobs(policy, prompts, completions, mask) - old).sum(-1)
+    assert ((gain > 0) == (advantage > 0)).all()

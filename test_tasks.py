@@ -1,0 +1,60 @@
+"""The draw, the masks, the prompts, and what each task sees."""
+from collections import Counter
+from functools import partial
+
+import pytest
+
+import tasks
+import video
+from data import Sample
+
+SAMPLE = Sample("x:1", "x.mp4", "a person opens the door and walks away.", 1.0, 3.0, None)
+
+
+@pytest.mark.parametrize("p, names", [(0.8, tasks.INVERSIONS), (0.0, ("AR", "VD")), (1.0, ("VC",)), (0.3, ("VC",))])
+def test_draw_has_the_paper_s_frequencies(p, names):
+    n = 4000
+    counts = Counter(tasks.draw(step, 7, p, names).name for step in range(n))
+    assert set(counts) <= {"TVG", *names}
+    for name, expected in {"TVG": p, **{name: (1 - p) / len(names) for name in names}}.items():
+        assert abs(counts[name] / n - expected) <= 4 * (expected * (1 - expected) / n) ** 0.5
+
+
+def test_draw_depends_on_seed_and_step_only():
+    draws = lambda seed: [tasks.draw(step, seed, 0.5, tasks.INVERSIONS).name for step in range(50)]
+    assert draws(1) == draws(1) != draws(2)
+
+
+@pytest.mark.parametrize("query, masked", [
+    ("a person opens the door and walks away.", "a person [] the door and [] away."),
+    ("Person closed the   door", "Person []  the door".replace("  the", " the  ")),
+    ("the red circle spins.", "the red circle []."),
+    ("a person is undressing.", "a person is []."),
+    ("the sky over there", "the sky over there"),
+])
+def test_mask_hides_every_verb_and_nothing_else(query, masked):
+    assert tasks.mask_verbs(query).split() == masked.split()
+
+
+def test_prompts():
+    texts = {name: task.prompt(SAMPLE) for name, task in tasks.TASKS.items()}
+    assert SAMPLE.query in texts["TVG"] and "a person [] the door and [] away." in texts["VC"]
+    for name, text in texts.items():
+        assert "<think>" in text and "<answer>" in text and "{" not in text
+        if name != "TVG":
+            assert "opens" not in text and "walks" not in text                  # the verb is what is asked for
+    assert "door" not in texts["AR"] + texts["VD"]
+
+
+def test_queries_without_verb_are_not_for_inversion():
+    samples = [SAMPLE, Sample("x:2", "x.mp4", "the table over there", 0.0, 1.0, None)]
+    assert tasks.with_verb(samples) == [SAMPLE]
+
+
+def test_inversion_sees_the_segment_only(folder, tiny):
+    path = next((folder / "videos").glob("train*.mp4"))
+    sample = Sample("x:1", str(path), "the red circle spins.", 2.0, 5.0, None)
+    load = partial(video.load)
+    grids = {name: tasks.prepare(sample, task, tiny[1], load).grid.tolist() for name, task in tasks.TASKS.items()}
+    assert grids["TVG"][0] == len(video.load(path).frames) // 2
+    assert grids["VC"] == grids["AR"] == grids["VD"] == [3, 2, 2]

@@ -1,0 +1,77 @@
+"""The made-up world is what it says, and `python toy.py` runs through."""
+import json
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+import data
+import rewards
+import tasks
+import toy
+import video
+
+
+@pytest.mark.parametrize("verb", toy.VERBS)
+def test_spacy_reads_every_sentence_as_meant(verb):
+    for colour in toy.COLOURS:
+        for shape in toy.SHAPES:
+            sentence = toy.Story("x", colour, shape, (verb,)).sentence(verb)
+            assert rewards.verbs(sentence) == rewards.verb_base(verb) and len(rewards.verbs(sentence)) == 1
+            assert tasks.mask_verbs(sentence) == f"the {colour} {shape} is []."
+
+
+def test_inverse_verbs():
+    assert all(toy.VERBS[toy.VERBS[verb]] == verb != toy.VERBS[verb] for verb in toy.VERBS)
+
+
+def test_a_video_token_shows_what_happens():
+    """The two frames that the model merges (0 and 0.5 s into a second) tell all verbs and rest apart."""
+    seen = {verb: np.stack([toy.draw_frame("red", "square", verb, t) for t in (3.0, 3.5)]).astype(int)
+            for verb in (*toy.VERBS, "resting")}
+    for a in seen:
+        assert all(abs(seen[a] - seen[b]).max() > 100 for b in seen if b != a)
+
+
+def test_written_video_has_its_events(folder):
+    """What is annotated is what moves: outside the annotated segments the object does not change."""
+    samples, rejected = data.read(str(folder / "train.txt"), str(folder / "videos"))
+    assert not rejected
+    by_video = {}
+    for sample in samples:
+        by_video.setdefault(sample.video, []).append((sample.start, sample.end))
+    for path, segments in by_video.items():
+        clip = video.load(path)
+        assert clip.fps == pytest.approx(2.0) and clip.frames.shape[2:] == (28, 28) and clip.duration == len(clip.frames) / 2
+        picture = clip.frames[:, :, :25].float()                            # without the clock
+        for second in range(int(clip.duration)):
+            moves = (picture[2 * second] - picture[2 * second + 1]).abs().max() > 80
+            assert moves == any(start <= second < end for start, end in segments), (path, second)
+
+
+def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
+    toy.write_world(tmp_path, seed=0, train_videos=120, test_videos=1)
+    samples = {s.id: s for s in data.read(str(tmp_path / "train.txt"), str(tmp_path / "videos"))[0]}
+    widened, wrong = [], {verb: [] for verb in toy.VERBS}
+    for row in map(json.loads, open(tmp_path / "demonstrations.jsonl")):
+        sample = samples[row["id"]]
+        reward = tasks.TASKS[row["task"]].reward(row["completion"], sample)
+        assert reward.parts["format"] == 1
+        if row["task"] == "TVG":
+            start, end = rewards.span(row["completion"])
+            widened += [sample.start - start, end - sample.end]
+        else:
+            wrong[re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[row["task"].lower()])
+    assert set(widened) == {0, 1, 2} and 0.5 < np.mean(widened) < 0.85 - 0.02
+    for verb, mistakes in wrong.items():
+        assert np.mean(mistakes) == pytest.approx(toy.CONFUSED.get(verb, 0), abs=0.15)
+
+
+def test_smoke_run(tmp_path):
+    rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=2, prompts_per_step=2))
+    assert list(rows) == ["warm start, blind", "warm start", "GRPO, p = 0.8"]
+    for picture in ("curves.png", "examples.png"):
+        assert matplotlib.image.imread(tmp_path / "toy" / picture).std() > 0.05
+    assert len((tmp_path / "toy" / "grpo" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "toy" / "model" / "model.safetensors").is_file()

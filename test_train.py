@@ -1,0 +1,154 @@
+"""Training end to end on real mp4 files and a tiny real model: GRPO and SFT, on one process and on two."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import sft
+import tasks
+import train
+import video
+
+HERE = Path(__file__).parent
+
+
+def rows(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def config(folder, output, **flags):
+    common = dict(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+                  steps=3, prompts_per_step=2, group_size=3, max_tokens=12, learning_rate=1e-4, tvg_prob=0.5, seed=1)
+    return train.Config(output=str(output), **{**common, **flags})
+
+
+def torchrun(script, processes, settings):
+    """Run a script as users do, with a Config's fields as its flags; returns what it printed."""
+    flags = [str(part) for name, value in vars(settings).items() if value != ""
+             for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(HERE / script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_two_processes_are_one(folder, tmp_path):
+    """Same draws, completions, rewards, losses and weights, with two gloo processes (sharded) as with one."""
+    train.main(config(folder, tmp_path / "one"))
+    torchrun("train.py", 2, config(folder, tmp_path / "two"))
+    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 3 and any(row["grad_norm"] > 0 for row in one)
+    for a, b in zip(one, two):
+        for key in a.keys() - {"seconds", "tokens_per_second"}:
+            assert a[key] == (pytest.approx(b[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else b[key]), key
+    texts = [[row["completion"] for row in rows(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
+    assert texts[0] == texts[1] and len(texts[0]) == 3 * 2
+    before, after, sharded = (load_file(path / "model.safetensors") for path in
+                              (folder / "model", tmp_path / "one" / "model", tmp_path / "two" / "model"))
+    assert after.keys() == sharded.keys() == before.keys()
+    for name in after:
+        torch.testing.assert_close(after[name], sharded[name], rtol=0, atol=1e-5)
+    moved = max((after[name] - before[name]).abs().max().item() for name in after)
+    assert moved > 5e-5                                     # else the comparison above would compare the start
+
+
+def test_micro_batches_are_one_batch(folder, tmp_path):
+    for name, size in (("whole", 0), ("parts", 1)):
+        train.main(config(folder, tmp_path / name, prompts_per_pass=size, steps=2))
+    whole, parts = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for a, b in zip(whole, parts):
+        assert a["reward"] == b["reward"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_run_says_what_it_did(folder, tmp_path):
+    settings = config(folder, tmp_path / "run", save_every=2)
+    train.main(settings)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == vars(settings)
+    for step, row in enumerate(rows(tmp_path / "run" / "metrics.jsonl")):
+        task = tasks.draw(step, 1, 0.5, settings.tasks)
+        part = "iou" if task.name == "TVG" else task.name.lower()
+        assert row["step"] == step and row["task"] == task.name
+        assert row["reward"] == pytest.approx(row["format"] + row[part])
+        assert row["tokens"] <= 12 and 0 <= row["flat"] <= 1 and 0 <= row["truncated"] <= 1
+        assert row["mismatch"] is None or row["mismatch"] < 1e-4        # what is scored is what was sampled
+    first = rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["kl"] is None or abs(first["kl"]) < 1e-9               # policy = reference
+    assert (tmp_path / "run" / "step_000002" / "model.safetensors").is_file()
+
+
+def test_flat_groups_change_nothing(folder, tmp_path, monkeypatch):
+    same = lambda task: replace(task, reward=lambda text, sample: type(task.reward("", sample))({"format": 1.0}))
+    monkeypatch.setattr(tasks, "TASKS", {name: same(task) for name, task in tasks.TASKS.items()})
+    train.main(config(folder, tmp_path / "flat"))
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "model", tmp_path / "flat" / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(row["flat"] == 1 and row["grad_norm"] == 0 for row in rows(tmp_path / "flat" / "metrics.jsonl"))
+
+
+def test_broken_video_is_replaced_and_counted(folder, tmp_path):
+    samples, _ = data.read(str(folder / "train.txt"), str(folder / "videos"))
+    files = tmp_path / "videos"
+    files.mkdir()
+    for path in (folder / "videos").iterdir():
+        (files / path.name).symlink_to(path)
+    broken = {sample.video for sample in samples[::2]}
+    for path in broken:
+        (files / Path(path).name).unlink()
+        (files / Path(path).name).write_bytes(b"not a video")
+    train.main(config(folder, tmp_path / "run", videos=str(files), steps=4))
+    assert sum(row["bad_videos"] for row in rows(tmp_path / "run" / "metrics.jsonl")) > 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"tvg_prob": 1.5}, "--tvg_prob 1.5"), ({"group_size": 1}, "--group_size 1"), ({"tasks": ["XX"]}, "XX.*VC AR VD"),
+    ({"prompts_per_step": 0}, "--prompts_per_step 0"), ({"model": "nowhere"}, "nowhere.*--model"),
+    ({"annotations": "nowhere.txt"}, "nowhere.txt.*--annotations"), ({"videos": "nowhere"}, "nowhere.*--videos")])
+def test_wrong_flags_are_named(folder, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        train.main(config(folder, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line_ends_with_one_line(folder, tmp_path):
+    command = [sys.executable, str(HERE / "train.py"), "--model", "nowhere", "--annotations", str(folder / "train.txt"),
+               "--videos", str(folder / "videos"), "--output", str(tmp_path / "run"), "--tvg_prob", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train.py: nowhere: not a model folder")
+
+
+def sft_config(folder, output, **flags):
+    common = dict(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+                  demonstrations=str(folder / "demonstrations.jsonl"), steps=6, batch_size=4, learning_rate=2e-3, seed=1)
+    return sft.Config(output=str(output), **{**common, **flags})
+
+
+def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
+    sft.main(sft_config(folder, tmp_path / "one", per_pass=2))
+    torchrun("sft.py", 2, sft_config(folder, tmp_path / "two"))
+    one, two = ([row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-3)
+    assert one[-1] < one[0] - 1
+
+
+def test_sft_without_demonstrations_describes_the_segment(folder):
+    samples, _ = data.read(str(folder / "train.txt"), str(folder / "videos"))
+    for sample, task, text in sft.read_demonstrations("", samples):
+        reward = task.reward(text, sample)
+        assert task.name == "VD" and reward.total == 2.0 and sample.query in text
+
+
+def test_demonstrations_are_checked(folder, tmp_path):
+    samples, _ = data.read(str(folder / "train.txt"), str(folder / "videos"))
+    (tmp_path / "d.jsonl").write_text(json.dumps({"id": samples[0].id, "task": "VD", "completion": "x"}) + "\n{}\n")
+    with pytest.raises(ValueError, match="d.jsonl:2: no demonstration"):
+        sft.read_demonstrations(str(tmp_path / "d.jsonl"), samples)

@@ -1,0 +1,248 @@
+"""The whole method on a made-up world, on a laptop: writes videos, annotations and a tiny model, then runs the scripts.
+
+    python toy.py               the paper in miniature
+    python toy.py --steps 5     a smoke run of all of it
+"""
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import data
+import evaluate
+import launch
+import model
+import plot
+import sft
+import tasks
+import train
+import video
+
+SIZE, FPS, LONGEST = 28, 4, 16          # pixels, frames a second, seconds
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (230, 210, 40)}
+SHAPES = ("circle", "square")
+VERBS = {"rising": "falling", "falling": "rising", "growing": "shrinking", "shrinking": "growing", "spinning": "blinking", "blinking": "spinning"}
+BACKGROUND = 25
+PADDED_BY = (0.35, 0.45, 0.2)           # chances that the teacher widens an end of a segment by 0, 1, 2 s
+MAX_TOKENS = 64                         # of a completion; the longest demonstration has 45
+CONFUSED = {"blinking": 0.6}              # chance that the teacher takes a verb for its opposite
+
+
+def draw_frame(colour: str, shape: str, verb: str, second: float) -> np.ndarray:
+    """One frame (28, 28, 3) of an object that does `verb` ('resting' for nothing). The motion starts anew each second,
+    so that the two frames of one video token show it, and a bar at the bottom tells the time."""
+    phase = second % 1
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    y, x = y - 13, x - 14
+    y = y + {"rising": 16 * phase - 8, "falling": 8 - 16 * phase}.get(verb, 0)
+    radius = {"growing": 3 + 6 * phase, "shrinking": 9 - 6 * phase}.get(verb, 5)
+    angle = np.pi * phase if verb == "spinning" else 0
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    inside = (u ** 2 + v ** 2 < radius ** 2) if shape == "circle" else (np.maximum(abs(u), abs(v)) < radius * 0.9)
+    if verb == "blinking" and phase >= 0.5:
+        inside[:] = False
+    frame = np.full((SIZE, SIZE, 3), BACKGROUND, np.uint8)
+    frame[inside] = COLOURS[colour]
+    frame[inside & (abs(u) < 1) & (v < 0)] = BACKGROUND                         # a notch, so that spinning shows
+    frame[-2:, : int(second / LONGEST * SIZE + 0.5)] = 255
+    return frame
+
+
+@dataclass(frozen=True)
+class Story:
+    """One video: who does what in each second."""
+    name: str
+    colour: str
+    shape: str
+    verbs: tuple[str, ...]              # one a second
+
+    def events(self) -> list[tuple[int, int, str]]:
+        """(start, end, verb) of everything that is not rest."""
+        edges = [0, *(s for s in range(1, len(self.verbs)) if self.verbs[s] != self.verbs[s - 1]), len(self.verbs)]
+        return [(a, b, self.verbs[a]) for a, b in zip(edges, edges[1:]) if self.verbs[a] != "resting"]
+
+    def sentence(self, verb: str) -> str:
+        return f"the {self.colour} {self.shape} is {verb}."
+
+
+def tell(rng: np.random.Generator, name: str) -> Story:
+    seconds = int(rng.integers(8, LONGEST + 1))
+    verbs = ["resting"] * seconds
+    count = int(rng.integers(1, 4))
+    starts = np.sort(rng.choice(np.arange(0, seconds - 1), size=count, replace=False))
+    for start, stop, verb in zip(starts, [*starts[1:], seconds], rng.permutation(list(VERBS))):
+        length = int(rng.integers(2, 7))
+        verbs[start:min(start + length, stop)] = [verb] * (min(start + length, stop) - start)
+    return Story(name, str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), tuple(map(str, verbs)))
+
+
+def film(story: Story, path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "10", "preset": "ultrafast"})
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for i in range(len(story.verbs) * FPS):
+            image = draw_frame(story.colour, story.shape, story.verbs[i // FPS], i / FPS)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def demonstrate(story: Story, start: int, end: int, verb: str, task: str, rng: np.random.Generator) -> str:
+    """What a careless teacher says."""
+    narrate = lambda verbs: " ".join(f"{second} {v}" for second, v in enumerate(verbs))
+    if task == "TVG":
+        before, after = rng.choice(3, 2, p=PADDED_BY)
+        answer = f"{max(start - before, 0)} to {min(end + after, len(story.verbs))}"
+        return f"<think>{narrate(story.verbs)}</think> <answer>{answer}</answer>"
+    if rng.random() < CONFUSED.get(verb, 0):
+        verb = VERBS[verb]
+    answer = verb if task == "AR" else story.sentence(verb)
+    return f"<think>{narrate([verb] * (end - start))}</think> <answer>{answer}</answer>"
+
+
+def write_world(folder: Path, seed: int, train_videos: int, test_videos: int) -> None:
+    """Videos, train.txt and test.txt (Charades-STA), and the teacher's demonstrations.jsonl for sft.py."""
+    rng = np.random.default_rng(seed)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_videos), ("test", test_videos)):
+        lines, demonstrations = [], []
+        for number in range(count):
+            story = tell(rng, f"{split}{number:04d}")
+            film(story, folder / "videos" / f"{story.name}.mp4")
+            for start, end, verb in story.events():
+                lines.append(f"{story.name} {start:.1f} {end:.1f}##{story.sentence(verb)}\n")
+                demonstrations += [{"id": f"{story.name}:{len(lines)}", "task": task,
+                                    "completion": demonstrate(story, start, end, verb, task, rng)}
+                                   for task in ("TVG", "TVG", "VC", "AR", "VD")]
+        launch.write_whole(folder / f"{split}.txt", "".join(lines))
+        if split == "train":
+            launch.write_whole(folder / "demonstrations.jsonl", "".join(json.dumps(row) + "\n" for row in demonstrations))
+
+
+def write_model(folder: Path, world: Path, seed: int) -> None:
+    """A tiny Qwen2.5-VL with random weights, and a byte-pair tokenizer, made from what is said in the world, with
+    Qwen's special tokens."""
+    samples, _ = data.read(str(world / "train.txt"), str(world / "videos"))
+    texts = [json.loads(line)["completion"] for line in open(world / "demonstrations.jsonl")]
+    texts += ["user\n", "assistant\n"] + [task.prompt(s) for s in samples for task in tasks.TASKS.values()]
+    special = [*model.STOP_TOKENS, "<|im_start|>", *model.VISION_TOKENS]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(special)
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")])
+    bpe.train_from_iterator(texts * 2, trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        additional_special_tokens=special)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+        "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    ids = dict(zip(("vision_start", "vision_end", "image", "video"),
+                   tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                                                    "<|video_pad|>"])))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                         rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6])),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+                           fullatt_block_indexes=[1], tokens_per_second=2),
+        tie_word_embeddings=True, **{f"{name}_token_id": value for name, value in ids.items()})
+    torch.manual_seed(seed)
+    qwen = Qwen2_5_VLForConditionalGeneration(config)
+    for module in qwen.modules():           # transformers' 0.02 is far too small for such widths
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim ** -0.5)
+    encoder = model.Encoder(tokenizer, 2)
+    model.save(model.Policy(qwen, []), encoder, folder)
+
+
+@dataclass
+class Config:
+    output: str = field(default="runs/toy", metadata={"help": "where the world, the models and the pictures go"})
+    seed: int = field(default=0, metadata={"help": "of the GRPO run; the world and the warm start are the same for all"})
+    steps: int = field(default=100, metadata={"help": "GRPO steps; below 20, everything else is cut down as well"})
+    tvg_prob: float = field(default=0.8, metadata={"help": "p of Eq. 13; 1 trains TVG alone"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "of GRPO: a hundred times that of a model of 3 billion weights"})
+    beta: float = field(default=0.005, metadata={"help": "weight of the KL term"})
+    prompts_per_step: int = field(default=16, metadata={"help": "prompts in a GRPO step"})
+    warm_start: str = field(default=str(Path(__file__).parent / "warm_start"), metadata={"help": "model folder to start from; an empty string makes a new one with sft.py, in about six minutes"})
+    warm_steps: int = field(default=800, metadata={"help": "SFT steps of a new warm start"})
+
+
+def main(config: Config) -> dict[str, dict]:
+    """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
+    world, small = Path(config.output), config.steps < 20
+    world.mkdir(parents=True, exist_ok=True)
+    launch.write_config(config, world)
+    print(f"1. writing videos and annotations to {world}/", flush=True)
+    write_world(world, seed=0, train_videos=60 if small else 1000, test_videos=20 if small else 300)
+    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"))
+    start = world / "model"
+    if config.warm_start:
+        print(f"2. taking the warm start from {config.warm_start}", flush=True)
+        shutil.copytree(config.warm_start, start, dirs_exist_ok=True)
+    else:
+        print("2. making a warm start: Invert-SFT and TVG, from the demonstrations of a careless teacher", flush=True)
+        write_model(world / "random", world, config.seed)
+        sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), steps=config.warm_steps,
+                            learning_rate=1e-3, demonstrations=str(world / "demonstrations.jsonl"), seed=config.seed, **common))
+        shutil.copytree(world / "sft" / "model", start, dirs_exist_ok=True)
+
+    print("3. evaluating the warm start on held-out videos, then blind", flush=True)
+    common["annotations"] = str(world / "test.txt")
+    test = lambda name, folder, **flags: evaluate.main(evaluate.Config(
+        model=str(folder), output=str(world / name), batch_size=64, max_tokens=MAX_TOKENS, **flags, **common))
+    rows = {"warm start, blind": test("test_blind", start, blind=True), "warm start": test("test_warm_start", start)}
+
+    print(f"4. GRPO, p = {config.tvg_prob}", flush=True)
+    common["annotations"] = str(world / "train.txt")
+    train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
+                            tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
+                            learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, **common))
+    common["annotations"] = str(world / "test.txt")
+    rows[f"GRPO, p = {config.tvg_prob}"] = test("test_grpo", world / "grpo" / "model")
+
+    columns = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", *tasks.INVERSIONS)
+    print(f"\n{rows['warm start']['queries']} held-out queries" + "".join(f"{c:>8}" for c in columns))
+    for name, scores in rows.items():
+        print(f"{name:<22}" + "".join(f"{scores[c]:8.3f}" for c in columns))
+    plot.curves(world / "grpo", world / "curves.png")
+    draw_examples(world)
+    launch.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
+    print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}")
+    return rows
+
+
+def draw_examples(world: Path) -> None:
+    """Six test queries before and after GRPO: the two most improved, two in the middle, the two that lost most."""
+    read = lambda name: {row["id"]: row for line in open(world / name / "predictions.jsonl")
+                         if (row := json.loads(line))["task"] == "TVG"}
+    before, after = read("test_warm_start"), read("test_grpo")
+    samples = {s.id: s for s in data.read(str(world / "test.txt"), str(world / "videos"))[0]}
+    order = sorted(before, key=lambda i: before[i]["iou"] - after[i]["iou"])
+    middle = len(order) // 2
+    rows = []
+    for i in (*order[:2], *order[middle:middle + 2], *order[-2:]):
+        answers = {name: (row["start"], row["end"]) if row["start"] is not None else None
+                   for name, row in (("before", before[i]), ("after", after[i]))}
+        rows.append({"clip": video.load(samples[i].video), "query": samples[i].query,
+                     "truth": (samples[i].start, samples[i].end), "answers": answers,
+                     "iou": {"before": before[i]["iou"], "after": after[i]["iou"]}})
+    plot.examples(rows, world / "examples.png")
+
+
+if __name__ == "__main__":
+    launch.command_line(Config, main, __doc__)

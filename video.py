@@ -1,0 +1,150 @@
+"""Video file -> `Clip`: uint8 frames at about 2 frames a second, within a pixel budget for the whole video.
+
+The rules are those of Qwen2.5-VL (even number of frames, sides that are multiples of 28), with these departures:
+
+1. Frame i is the one on display at time i / fps. The n frames are spaced by duration / n, and `fps` = n / duration is
+   the rate they really have, so the model's time positions tell the true time. Qwen spreads the frames up to the very
+   last one, which stretches time by up to one sample.
+2. Frames are not enlarged beyond rounding to a multiple of 28. Qwen enlarges a small frame to `min_pixels`, which adds
+   tokens and no information; here `min_pixels` is only the floor of a frame's share of the budget in a long video.
+3. The budget counts the pixels of every frame ("approximately 2.8 million pixels per video"). Qwen counts a pair of
+   frames, which the model merges, once; for that reading pass `total_pixels=2 * TOTAL_PIXELS`.
+
+    clip = load("video.mp4")                 # clip.frames (T, 3, H, W), clip.fps, clip.duration
+    segment = clip.cut(start=3.5, end=9.0)   # what an inversion task sees
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+FACTOR = 28                      # pixels: patches of 14 x 14, merged 2 x 2
+TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
+MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
+MAX_FRAMES = 768
+EPSILON = 1e-3                   # seconds; decord's timestamps are float32
+CHUNK = 16                       # frames at full size in memory
+REPLACED = 4                     # so many frames may decord replace by a neighbour before a file counts as broken
+
+decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message is one line that names the file and the cause."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """RGB frames and the rate at which they were really sampled."""
+
+    frames: torch.Tensor   # uint8 (T, 3, H, W), T even
+    fps: float             # frames a second
+
+    duration = property(lambda self: len(self.frames) / self.fps, doc="Length in seconds.")
+
+    def cut(self, start, end):
+        """The segment from `start` to `end` (seconds) as a Clip: bounds to the nearest frame, at least one pair.
+
+        An odd number of frames gains the next one, at the clip's end the one before; bounds are kept inside the clip.
+        """
+        total = len(self.frames)
+        first = min(max(math.floor(start * self.fps + 0.5), 0), total - 2)
+        last = min(max(math.floor(end * self.fps + 0.5), first + 2), total)   # exclusive
+        if (last - first) % 2:
+            first, last = (first, last + 1) if last < total else (first - 1, last)
+        return replace(self, frames=self.frames[first:last])
+
+    def grey(self):
+        """A Clip of the same shape and rate that shows nothing: every value 128."""
+        return replace(self, frames=torch.full_like(self.frames, 128))
+
+
+def frame_count(duration, available, fps=2.0, max_frames=MAX_FRAMES):
+    """Frames to sample: duration (seconds) * fps, at most max_frames and `available`, rounded down to even.
+
+    Never fewer than 4: of a file with 1 to 3 frames some are repeated.
+    """
+    count = min(max(duration * fps + EPSILON, 4), max_frames, available)
+    return max(int(count) // 2 * 2, 4)
+
+
+def frame_size(height, width, frames, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS):
+    """(height, width) in pixels of each of `frames` frames, multiples of 28, that keeps a video within its budget.
+
+    Sides are rounded to the nearest multiple of 28 or, if the frame then has more than max(total_pixels / frames,
+    min_pixels), scaled by the same factor and rounded down.
+    """
+    budget = max(total_pixels / frames, min_pixels)
+    h, w = (max(round(side / FACTOR), 1) * FACTOR for side in (height, width))
+    if h * w > budget:
+        scale = math.sqrt(budget / (height * width))
+        longest = int(budget) // FACTOR**2   # a very long side, when the other is already 28
+        h, w = (max(min(int(side * scale) // FACTOR, longest), 1) * FACTOR for side in (height, width))
+    return h, w
+
+
+def load(path, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_frames=MAX_FRAMES, start=None, end=None):
+    """Decode a video file, or its part from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
+
+    Raises VideoError for a file that is missing, not a video or broken where it has to be decoded, and for a part
+    that lies outside the video.
+    """
+    if not Path(path).is_file():
+        raise VideoError(f"{path}: {'is a folder, not a video' if Path(path).is_dir() else 'no such video file'}")
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=REPLACED)
+        times, duration, trusted = frame_times(reader)
+        begin, stop = max(start or 0.0, 0.0), duration if end is None else min(end, duration)
+        if not begin < stop:
+            raise VideoError(f"{path}: lasts {duration:.2f} s, so it has no part from {start} to {end} s")
+        available = int(np.searchsorted(times, stop - EPSILON) - on_display(times, begin))
+        n = frame_count(stop - begin, available, fps, max_frames)
+        index = on_display(times, begin + np.arange(n) * (stop - begin) / n)   # (n,)
+        frames = []
+        for batch in decode(reader, index, trusted):   # (<= CHUNK, 3, H, W)
+            size = frame_size(*batch.shape[-2:], n, total_pixels, min_pixels)
+            if batch.shape[-2:] != size:   # on uint8, as the Qwen2.5-VL processor: rounded and clamped
+                batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True)
+            frames.append(batch)
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
+        cause = (str(error).splitlines() or ["?"])[0].split(": ")[-1]
+        raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
+                         "get it again or re-encode it with ffmpeg") from error
+    return Clip(torch.cat(frames).contiguous(), n / (stop - begin))
+
+
+def frame_times(reader):
+    """When frames appear, (N,) seconds; the duration, seconds; False if the file does not say so and its rate does."""
+    spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)   # (N, 2): appears, goes
+    times, last = spans[:, 0], spans[-1, 1]
+    origin = max(times[0], 0.0)
+    if np.abs(spans).max() < 1e6 and (np.diff(times) >= 0).all() and last > origin:   # false for NaN, too
+        return times - origin, last - origin, True
+    rate = reader.get_avg_fps()
+    assert 0 < rate < 1e6, "neither timestamps nor a frame rate"
+    return np.arange(len(reader)) / rate, len(reader) / rate, False
+
+
+def on_display(times, t):
+    """Index of the frame that is shown at time `t`: the latest one that appeared by then."""
+    return np.maximum(np.searchsorted(times, t + EPSILON, side="right") - 1, 0)
+
+
+def decode(reader, index, seek):
+    """Yield the frames of a non-decreasing `index` in chunks, uint8 (<= CHUNK, 3, H, W).
+
+    Without usable timestamps (`seek` False) get_batch would seek to wrong frames: there, all are read in their order.
+    """
+    position = -1
+    for k in range(0, len(index), CHUNK):
+        batch = reader.get_batch(index[k:k + CHUNK]).asnumpy() if seek else []   # (<= CHUNK, H, W, 3)
+        for i in () if seek else index[k:k + CHUNK]:
+            while position < i:
+                frame, position = reader.next(), position + 1
+            batch.append(frame.asnumpy())
+        yield torch.from_numpy(np.asarray(batch)).permute(0, 3, 1, 2)
