@@ -29,7 +29,7 @@ MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
 MAX_FRAMES = 768
 EPSILON = 1e-3                   # seconds; decord's timestamps are float32
 CHUNK = 16                       # frames at full size in memory
-REPLACED = 4                     # so many frames may decord replace by a neighbour before a file counts as broken
+MISREAD = (".ts", ".mts", ".m2ts", ".wmv", ".asf")   # decord silently gives other frames than those asked for
 
 decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
 
@@ -69,8 +69,7 @@ def frame_count(duration, available, fps=2.0, max_frames=MAX_FRAMES):
 
     Never fewer than 4: of a file with 1 to 3 frames some are repeated.
     """
-    count = min(max(duration * fps + EPSILON, 4), max_frames, available)
-    return max(int(count) // 2 * 2, 4)
+    return max(int(min(duration * fps + EPSILON, max_frames, available)) // 2 * 2, 4)
 
 
 def frame_size(height, width, frames, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS):
@@ -91,13 +90,14 @@ def frame_size(height, width, frames, total_pixels=TOTAL_PIXELS, min_pixels=MIN_
 def load(path, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_frames=MAX_FRAMES, start=None, end=None):
     """Decode a video file, or its part from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
 
-    Raises VideoError for a file that is missing, not a video or broken where it has to be decoded, and for a part
-    that lies outside the video.
+    Raises VideoError: file missing, not a video, or broken where it has to be decoded; part outside the video.
     """
     if not Path(path).is_file():
         raise VideoError(f"{path}: {'is a folder, not a video' if Path(path).is_dir() else 'no such video file'}")
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=REPLACED)
+    if Path(path).suffix.lower() in MISREAD:
+        raise VideoError(f"{path}: decord misreads this format; convert it with ffmpeg -i {Path(path).name} video.mp4")
+    try:   # fault_tol: more than 4 frames replaced by their neighbours count as a broken file
+        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=4)
         times, duration, trusted = frame_times(reader)
         begin, stop = max(start or 0.0, 0.0), duration if end is None else min(end, duration)
         if not begin < stop:
