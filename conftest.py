@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import model
+import sft
 import toy
 from video import Clip
 
@@ -16,6 +17,16 @@ def folder(tmp_path_factory):
     toy.write_world(world, seed=3, train_videos=12, test_videos=6)
     toy.write_model(world / "model", world, seed=3)
     return world
+
+
+@pytest.fixture(scope="session")
+def warm(folder):
+    """The folder of that model after a minute's schooling: it babbles, so that rewards differ within
+    a group; a random model earns nothing at all."""
+    sft.main(sft.Config(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+                        output=str(folder / "sft"), demonstrations=str(folder / "demonstrations.jsonl"), steps=40,
+                        batch_size=8, learning_rate=2e-3))
+    return folder / "sft" / "model"
 
 
 @pytest.fixture

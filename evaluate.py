@@ -114,5 +114,18 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     return scores
 
 
+def gain(before: list[dict], after: list[dict]) -> tuple[float, float, float]:
+    """(mean, low, high): by how much the mean IoU rose from one list of TVG prediction rows to another of the same
+    queries, with its 95 % interval, from a bootstrap over videos (queries of one video share its difficulty)."""
+    old = {row["id"]: row["iou"] for row in before}
+    by_video = {}
+    for row in after:
+        by_video.setdefault(row["video"], []).append(row["iou"] - old[row["id"]])
+    sums = np.array([(sum(rises), len(rises)) for rises in by_video.values()])              # (videos, 2)
+    draws = sums[np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))].sum(1)   # (2000, 2)
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
+    return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
+
+
 if __name__ == "__main__":
     launch.command_line(Config, lambda config: print(json.dumps(main(config))), __doc__)

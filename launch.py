@@ -10,6 +10,8 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+logging.disable_progress_bar()      # transformers' own, for every file it reads
+
 
 def command_line(Config, main, doc: str) -> None:
     """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
@@ -30,7 +32,6 @@ def command_line(Config, main, doc: str) -> None:
 def start_process() -> tuple[int, int, str]:
     """(rank, number of processes, device) of this process. torchrun sets the environment; without it one process
     works alone, and on a GPU still through FSDP2, so that its weights are kept in fp32 and used in bf16."""
-    logging.disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size(), device

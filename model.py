@@ -207,6 +207,8 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
     """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)                     # a collective when sharded
+    if policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight:
+        weights.pop("qwen.lm_head.weight", None)                                # tied: stored once, as in the 3B folder
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(folder)
         unfinished = folder.with_name(folder.name + ".tmp")

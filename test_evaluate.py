@@ -21,6 +21,13 @@ def test_scores_by_hand():
     assert scores["unparsable"] == 1 and scores["unreadable"] == 1 and scores["format"] == pytest.approx(7 / 8)
 
 
+def test_gain_and_its_interval():
+    rows = lambda ious: [{"id": str(i), "video": str(i // 2), "iou": iou} for i, iou in enumerate(ious)]
+    assert evaluate.gain(rows([0.1] * 40), rows([0.3] * 40)) == pytest.approx((0.2, 0.2, 0.2))
+    mean, low, high = evaluate.gain(rows([0.5] * 400), rows([0.4, 0.4, 0.8, 0.8] * 100))
+    assert mean == pytest.approx(0.1) and 0.06 < low < 0.09 and 0.11 < high < 0.14      # 0.2 / sqrt(200) * 1.96
+
+
 def config(folder, output, **flags):
     return evaluate.Config(model=str(folder / "model"), annotations=str(folder / "test.txt"),
                            videos=str(folder / "videos"), output=str(output), max_tokens=10, **flags)

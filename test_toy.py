@@ -53,17 +53,18 @@ def test_written_video_has_its_events(folder):
 def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
     toy.write_world(tmp_path, seed=0, train_videos=120, test_videos=1)
     samples = {s.id: s for s in data.read(str(tmp_path / "train.txt"), str(tmp_path / "videos"))[0]}
-    widened, wrong = [], {verb: [] for verb in toy.VERBS}
+    late, wrong = [], {verb: [] for verb in toy.VERBS}
     for row in map(json.loads, open(tmp_path / "demonstrations.jsonl")):
         sample = samples[row["id"]]
         reward = tasks.TASKS[row["task"]].reward(row["completion"], sample)
         assert reward.parts["format"] == 1
         if row["task"] == "TVG":
             start, end = rewards.span(row["completion"])
-            widened += [sample.start - start, end - sample.end]
+            late += [start - sample.start, end - sample.end]
+            assert f"from {start:.0f} " in row["completion"] and f"until {end:.0f}" in row["completion"]
         else:
             wrong[re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[row["task"].lower()])
-    assert set(widened) == {0, 1, 2} and 0.5 < np.mean(widened) < 0.85 - 0.02
+    assert set(late) == {0, 1} and np.mean(late) == pytest.approx(toy.LATE, abs=0.1)
     for verb, mistakes in wrong.items():
         assert np.mean(mistakes) == pytest.approx(toy.CONFUSED.get(verb, 0), abs=0.15)
 

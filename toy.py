@@ -30,9 +30,9 @@ COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), 
 SHAPES = ("circle", "square")
 VERBS = {"rising": "falling", "falling": "rising", "growing": "shrinking", "shrinking": "growing", "spinning": "blinking", "blinking": "spinning"}
 BACKGROUND = 25
-PADDED_BY = (0.35, 0.45, 0.2)           # chances that the teacher widens an end of a segment by 0, 1, 2 s
+LATE = 0.6                              # chance that the teacher marks a start or an end a second late
 MAX_TOKENS = 64                         # of a completion; the longest demonstration has 45
-CONFUSED = {"blinking": 0.6}              # chance that the teacher takes a verb for its opposite
+CONFUSED = {"blinking": 0.75}           # chance that the teacher takes a verb for its opposite
 
 
 def draw_frame(colour: str, shape: str, verb: str, second: float) -> np.ndarray:
@@ -73,14 +73,13 @@ class Story:
 
 
 def tell(rng: np.random.Generator, name: str) -> Story:
-    seconds = int(rng.integers(8, LONGEST + 1))
-    verbs = ["resting"] * seconds
-    count = int(rng.integers(1, 4))
-    starts = np.sort(rng.choice(np.arange(0, seconds - 1), size=count, replace=False))
-    for start, stop, verb in zip(starts, [*starts[1:], seconds], rng.permutation(list(VERBS))):
-        length = int(rng.integers(2, 7))
-        verbs[start:min(start + length, stop)] = [verb] * (min(start + length, stop) - start)
-    return Story(name, str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), tuple(map(str, verbs)))
+    """A random story of 8 to 16 s: up to three different verbs of 2 to 6 s each, with rests of 0 to 4 s around them."""
+    seconds, verbs = int(rng.integers(8, LONGEST + 1)), []
+    for verb in rng.permutation(list(VERBS))[:rng.integers(1, 4)]:
+        verbs += ["resting"] * int(rng.integers(0, 5))
+        verbs += [str(verb)] * min(int(rng.integers(2, 7)), seconds - len(verbs)) if len(verbs) < seconds - 1 else []
+    verbs = (verbs + ["resting"] * seconds)[:seconds]
+    return Story(name, str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), tuple(verbs))
 
 
 def film(story: Story, path: Path) -> None:
@@ -96,16 +95,23 @@ def film(story: Story, path: Path) -> None:
 
 
 def demonstrate(story: Story, start: int, end: int, verb: str, task: str, rng: np.random.Generator) -> str:
-    """What a careless teacher says."""
-    narrate = lambda verbs: " ".join(f"{second} {v}" for second, v in enumerate(verbs))
+    """What the teacher of the warm start says of one event: it narrates second by second, then answers.
+
+    The teacher has two faults, which the rewards do not share. It marks the start and the end of what it is asked for a
+    second late, as people who press a key do, and it takes one verb for its opposite when nobody tells it the verb."""
     if task == "TVG":
-        before, after = rng.choice(3, 2, p=PADDED_BY)
-        answer = f"{max(start - before, 0)} to {min(end + after, len(story.verbs))}"
-        return f"<think>{narrate(story.verbs)}</think> <answer>{answer}</answer>"
+        begin = start + int(rng.random() < LATE)
+        stop = min(end + int(rng.random() < LATE), len(story.verbs))
+        marks = {begin: "from ", stop: "until "}
+        thought = " ".join(f"{marks.get(second, '')}{second} {v}" for second, v in enumerate(story.verbs))
+        if stop == len(story.verbs):
+            thought += f" until {stop}"
+        return f"<think>{thought}</think> <answer>{begin} to {stop}</answer>"
     if rng.random() < CONFUSED.get(verb, 0):
         verb = VERBS[verb]
     answer = verb if task == "AR" else story.sentence(verb)
-    return f"<think>{narrate([verb] * (end - start))}</think> <answer>{answer}</answer>"
+    thought = " ".join(f"{second} {verb}" for second in range(end - start))
+    return f"<think>{thought}</think> <answer>{answer}</answer>"
 
 
 def write_world(folder: Path, seed: int, train_videos: int, test_videos: int) -> None:
@@ -172,14 +178,14 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
 @dataclass
 class Config:
     output: str = field(default="runs/toy", metadata={"help": "where the world, the models and the pictures go"})
-    seed: int = field(default=0, metadata={"help": "of the GRPO run; the world and the warm start are the same for all"})
+    seed: int = field(default=0, metadata={"help": "of the world, the warm start and GRPO"})
     steps: int = field(default=100, metadata={"help": "GRPO steps; below 20, everything else is cut down as well"})
     tvg_prob: float = field(default=0.8, metadata={"help": "p of Eq. 13; 1 trains TVG alone"})
     learning_rate: float = field(default=1e-4, metadata={"help": "of GRPO: a hundred times that of a model of 3 billion weights"})
     beta: float = field(default=0.005, metadata={"help": "weight of the KL term"})
     prompts_per_step: int = field(default=16, metadata={"help": "prompts in a GRPO step"})
-    warm_start: str = field(default=str(Path(__file__).parent / "warm_start"), metadata={"help": "model folder to start from; an empty string makes a new one with sft.py, in about six minutes"})
-    warm_steps: int = field(default=800, metadata={"help": "SFT steps of a new warm start"})
+    warm_start: str = field(default="", metadata={"help": "model folder to start from, such as another run's runs/toy/model; empty: make one with sft.py"})
+    warm_steps: int = field(default=900, metadata={"help": "SFT steps of a new warm start"})
 
 
 def main(config: Config) -> dict[str, dict]:
@@ -188,7 +194,7 @@ def main(config: Config) -> dict[str, dict]:
     world.mkdir(parents=True, exist_ok=True)
     launch.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)
-    write_world(world, seed=0, train_videos=60 if small else 1000, test_videos=20 if small else 300)
+    write_world(world, seed=config.seed, train_videos=60 if small else 1000, test_videos=20 if small else 300)
     common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"))
     start = world / "model"
     if config.warm_start:
@@ -197,8 +203,9 @@ def main(config: Config) -> dict[str, dict]:
     else:
         print("2. making a warm start: Invert-SFT and TVG, from the demonstrations of a careless teacher", flush=True)
         write_model(world / "random", world, config.seed)
-        sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), steps=config.warm_steps,
-                            learning_rate=1e-3, demonstrations=str(world / "demonstrations.jsonl"), seed=config.seed, **common))
+        sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
+                            steps=min(config.warm_steps, 20 * config.steps), learning_rate=1e-3,
+                            demonstrations=str(world / "demonstrations.jsonl"), **common))
         shutil.copytree(world / "sft" / "model", start, dirs_exist_ok=True)
 
     print("3. evaluating the warm start on held-out videos, then blind", flush=True)
@@ -219,18 +226,24 @@ def main(config: Config) -> dict[str, dict]:
     print(f"\n{rows['warm start']['queries']} held-out queries" + "".join(f"{c:>8}" for c in columns))
     for name, scores in rows.items():
         print(f"{name:<22}" + "".join(f"{scores[c]:8.3f}" for c in columns))
+    before, after = (read_answers(world / name) for name in ("test_warm_start", "test_grpo"))
+    print("mIoU gained by GRPO: %+.3f, 95 %% interval %+.3f to %+.3f" %
+          evaluate.gain(list(before.values()), list(after.values())))
     plot.curves(world / "grpo", world / "curves.png")
-    draw_examples(world)
+    draw_examples(world, before, after)
     launch.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
     print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}")
     return rows
 
 
-def draw_examples(world: Path) -> None:
+def read_answers(folder: Path) -> dict[str, dict]:
+    """The TVG rows of an evaluation by sample id."""
+    rows = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+    return {row["id"]: row for row in rows if row["task"] == "TVG"}
+
+
+def draw_examples(world: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
     """Six test queries before and after GRPO: the two most improved, two in the middle, the two that lost most."""
-    read = lambda name: {row["id"]: row for line in open(world / name / "predictions.jsonl")
-                         if (row := json.loads(line))["task"] == "TVG"}
-    before, after = read("test_warm_start"), read("test_grpo")
     samples = {s.id: s for s in data.read(str(world / "test.txt"), str(world / "videos"))[0]}
     order = sorted(before, key=lambda i: before[i]["iou"] - after[i]["iou"])
     middle = len(order) // 2
