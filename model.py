@@ -180,13 +180,14 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
 
 
 def shard(policy: Policy) -> Policy:
-    """Spread weights, gradients and optimizer states over all processes (FSDP2), each decoder layer, the vision
-    tower and the root a unit of its own; compute in bf16 on a GPU, fp32 on a CPU. One CPU process stays as it is."""
+    """Spread a policy's weights, gradients and optimizer states over all processes (FSDP2), each decoder layer, the
+    vision tower and the root a unit of its own; compute in bf16 on GPUs, fp32 on CPUs. One CPU process stays as it is.
+
+    The policy comes on the CPU and reaches the GPU a unit at a time, so that no GPU ever holds it whole."""
     if not dist.is_initialized():
         return policy
-    half = next(policy.parameters()).is_cuda
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half \
-        else MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
+        if torch.cuda.is_available() else MixedPrecisionPolicy()
     for unit in (*policy.qwen.model.language_model.layers, policy.qwen.model.visual, policy):
         fully_shard(unit, mp_policy=precision)
     return policy

@@ -60,12 +60,12 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[dat
 
 
 def main(config: Config) -> None:
-    rank, world, device = launch.start_process()
+    rank, world, _ = launch.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     samples, _ = data.read(config.annotations, config.videos)
     rows = read_demonstrations(config.demonstrations, samples)
-    policy, encoder = model.load(config.model, device)
+    policy, encoder = model.load(config.model)
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     load, output = partial(video.load, total_pixels=config.total_pixels), Path(config.output)

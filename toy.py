@@ -73,11 +73,12 @@ class Story:
 
 
 def tell(rng: np.random.Generator, name: str) -> Story:
-    """A random story of 8 to 16 s: up to three different verbs of 2 to 6 s each, with rests of 0 to 4 s around them."""
-    seconds, verbs = int(rng.integers(8, LONGEST + 1)), []
-    for verb in rng.permutation(list(VERBS))[:rng.integers(1, 4)]:
-        verbs += ["resting"] * int(rng.integers(0, 5))
-        verbs += [str(verb)] * min(int(rng.integers(2, 7)), seconds - len(verbs)) if len(verbs) < seconds - 1 else []
+    """A random story of 10 to 16 s: up to three different verbs of 2 to 5 s each, a rest of 0 to 8 s before the first
+    and of 0 to 4 s before the others. So one answer for all videos scores little: mIoU 0.30 at the best."""
+    seconds, verbs = int(rng.integers(10, LONGEST + 1)), []
+    for number, verb in enumerate(rng.permutation(list(VERBS))[:rng.integers(1, 4)]):
+        verbs += ["resting"] * int(rng.integers(0, 5 if number else 9))
+        verbs += [str(verb)] * min(int(rng.integers(2, 6)), seconds - len(verbs)) if len(verbs) < seconds - 1 else []
     verbs = (verbs + ["resting"] * seconds)[:seconds]
     return Story(name, str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), tuple(verbs))
 
@@ -185,7 +186,7 @@ class Config:
     beta: float = field(default=0.005, metadata={"help": "weight of the KL term"})
     prompts_per_step: int = field(default=16, metadata={"help": "prompts in a GRPO step"})
     warm_start: str = field(default="", metadata={"help": "model folder to start from, such as another run's runs/toy/model; empty: make one with sft.py"})
-    warm_steps: int = field(default=900, metadata={"help": "SFT steps of a new warm start"})
+    warm_steps: int = field(default=1100, metadata={"help": "SFT steps of a new warm start"})
 
 
 def main(config: Config) -> dict[str, dict]:

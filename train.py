@@ -77,7 +77,7 @@ def main(config: Config) -> None:
     invertible = tasks.with_verb(samples) if config.tvg_prob < 1 else []
     if config.tvg_prob < 1 and not invertible:
         raise ValueError(f"{config.annotations}: no query with a verb, so no inversion task; give --tvg_prob 1")
-    policy, encoder = model.load(config.model, device)
+    policy, encoder = model.load(config.model)
     reference = model.shard(copy.deepcopy(policy).requires_grad_(False)) if config.beta > 0 else None
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
