@@ -80,6 +80,11 @@ def test_run_says_what_it_did(folder, warm, tmp_path):
         assert row["reward"] == pytest.approx(row["format"] + row[part])
         assert row["tokens"] <= 64 and 0 <= row["flat"] <= 1 and 0 <= row["truncated"] <= 1
         assert row["mismatch"] is None or row["mismatch"] < 1e-4        # what is scored is what was sampled
+    samples = {sample.id: sample for sample in data.read(settings.annotations, settings.videos)[0]}
+    shown = rows(tmp_path / "run" / "samples.jsonl")
+    assert len(shown) == settings.steps * settings.prompts_per_step
+    for row in shown:                                                   # no reward has gone to another's completion
+        assert row["reward"] == tasks.TASKS[row["task"]].reward(row["completion"], samples[row["id"]]).total
     first = rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["kl"] is None or abs(first["kl"]) < 1e-9               # policy = reference
     assert (tmp_path / "run" / "step_000002" / "model.safetensors").is_file()
