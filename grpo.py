@@ -98,6 +98,7 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
 
 def advantages(rewards: Tensor) -> Tensor:
     """Group-normalised rewards (Eq. 3): (B, G) -> (B, G). A group whose rewards are all equal gets zeros."""
+    rewards = rewards - rewards[..., :1]    # so that equal ones are 0 exactly: their fp32 mean may differ from them
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
 
 

@@ -13,6 +13,12 @@ from transformers.utils import logging
 logging.disable_progress_bar()      # transformers' own, for every file it reads
 
 
+def flag(default, help: str):
+    """A field of a Config: its default value, MISSING where the user has to give one, and its reason."""
+    return dataclasses.field(default=default, metadata={"help": help}) if not isinstance(default, list) else \
+        dataclasses.field(default_factory=default.copy, metadata={"help": help})
+
+
 def command_line(Config, main, doc: str) -> None:
     """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
     mend) ends with one line and exit code 2."""
@@ -20,13 +26,12 @@ def command_line(Config, main, doc: str) -> None:
     try:
         main(parser.parse_args_into_dataclasses()[0])
     except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):     # for a developer
+        if os.environ.get("TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}  (TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_process() -> tuple[int, int, str]:
@@ -52,6 +57,11 @@ def gather(mine: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
+
+
+def whole(norm: torch.Tensor) -> float:
+    """A gradient norm that may be spread over the processes, as a number."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def write_whole(path: str | Path, text: str) -> None:

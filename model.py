@@ -70,7 +70,7 @@ def place(ids: Tensor, video_pad: int, grid: Tensor, seconds_per_grid: float, to
     t, h, w = grid[0].item(), grid[1].item() // MERGE, grid[2].item() // MERGE
     first = int((ids == video_pad).nonzero()[0])
     before, after = torch.arange(first), torch.arange(len(ids) - first - t * h * w)
-    time = (torch.arange(t) * seconds_per_grid * tokens_per_second).long()
+    time = (torch.arange(t) * seconds_per_grid * tokens_per_second + 1e-3).long()    # 1.9999 is 2: a rate's rounding
     video = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).view(3, -1) + first
     return torch.cat([before.expand(3, -1), video, after.expand(3, -1) + video.max() + 1], dim=1)    # (3, P)
 
@@ -81,6 +81,7 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     tokens_per_second: float
+    folder: str = ""        # where it was loaded from
 
     @property
     def stop_ids(self) -> list[int]:
@@ -176,14 +177,14 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     if missing:
         raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
-    return Policy(qwen, forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second)
+    return Policy(qwen, forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
 
 
 def shard(policy: Policy) -> Policy:
     """Spread a policy's weights, gradients and optimizer states over all processes (FSDP2), each decoder layer, the
     vision tower and the root a unit of its own; compute in bf16 on GPUs, fp32 on CPUs. One CPU process stays as it is.
 
-    The policy comes on the CPU and reaches the GPU a unit at a time, so that no GPU ever holds it whole."""
+    The policy comes on the CPU and reaches the GPU a unit at a time, so that none holds it whole in fp32."""
     if not dist.is_initialized():
         return policy
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
@@ -216,6 +217,8 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         policy.qwen.save_pretrained(unfinished, state_dict={k.removeprefix("qwen."): v for k, v in weights.items()})
         encoder.tokenizer.save_pretrained(unfinished)
+        for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
+            shutil.copy(path, unfinished)                                       # for AutoProcessor; not used here
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     if dist.is_initialized():

@@ -31,6 +31,7 @@ import math
 import re
 import string
 import sys
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -116,33 +117,39 @@ def spans(doc) -> tuple[tuple[int, int, str], ...]:
 
 
 _read: dict[str, tuple] = {}   # text -> spans, oldest first
+_reading = threading.Lock()    # training fills prompts in one thread and rewards completions in another
+
+
+def spans_of(texts: list[str | None]) -> list[tuple[tuple[int, int, str], ...]]:
+    """`verb_spans` of many texts, tagged in batches and remembered: called with the `answer` of every completion of a
+    step (None counts as empty), it makes the rewards of that step look-ups."""
+    texts = [(text or "")[:LIMIT] for text in texts]
+    with _reading:
+        read = {text: _read[text] for text in texts if text in _read}
+        new = [text for text in dict.fromkeys(texts) if text not in read]
+        # lone surrogates cannot be hashed by spaCy; one "?" each keeps the positions
+        docs = spacy_model().pipe((text.encode("utf-8", "replace").decode() for text in new), batch_size=64) if new else ()
+        read.update((text, spans(doc)) for text, doc in zip(new, docs))
+        _read.update(read)
+        while len(_read) > CACHE:
+            del _read[next(iter(_read))]
+    return [read[text] for text in texts]
 
 
 def verb_spans(text: str) -> list[tuple[int, int, str]]:
     """(start, end, base form) of the verbs of a sentence, in characters and in order, so that text[start:end] is the verb
     as written: what verb completion masks. Never raises, whatever the text; reads its first LIMIT characters."""
-    verbs_of([text])
-    return list(_read[text[:LIMIT]])
+    return list(spans_of([text])[0])
+
+
+def verbs_of(texts: list[str | None]) -> list[frozenset[str]]:
+    """`verbs` of many texts in batches."""
+    return [frozenset(form for _, _, form in found) for found in spans_of(texts)]
 
 
 def verbs(text: str) -> frozenset[str]:
     """SpaCy(.) of Eq. 5 to 7: the base forms of the verbs of a sentence, query or answer."""
-    return frozenset(form for _, _, form in verb_spans(text))
-
-
-def verbs_of(texts: list[str]) -> list[frozenset[str]]:
-    """`verbs` of many texts, tagged in batches and remembered: called with the `answer` of every completion of a step
-    (None counts as empty), it makes the rewards of that step look-ups."""
-    texts = [(text or "")[:LIMIT] for text in texts]
-    read = {text: _read[text] for text in texts if text in _read}
-    new = [text for text in dict.fromkeys(texts) if text not in read]
-    # lone surrogates cannot be hashed by spaCy; one "?" each keeps the positions
-    docs = spacy_model().pipe((text.encode("utf-8", "replace").decode() for text in new), batch_size=64) if new else ()
-    read.update((text, spans(doc)) for text, doc in zip(new, docs))
-    _read.update(read)
-    while len(_read) > CACHE:
-        del _read[next(iter(_read))]
-    return [frozenset(form for _, _, form in read[text]) for text in texts]
+    return verbs_of([text])[0]
 
 
 def cosine(some: frozenset[str], others: frozenset[str]) -> float:

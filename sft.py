@@ -13,7 +13,7 @@ tokens, the stop token included. Writes config.json, metrics.jsonl and model/ to
 """
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,28 +26,32 @@ import launch
 import model
 import tasks
 import video
+from launch import flag
 
 
 @dataclass
 class Config:
-    model: str = field(metadata={"help": "Hugging Face folder of a Qwen2.5-VL"})
-    annotations: str = field(metadata={"help": "Charades-STA text file"})
-    videos: str = field(metadata={"help": "folder of the video files"})
-    output: str = field(metadata={"help": "folder for logs and the model"})
-    demonstrations: str = field(default="", metadata={"help": "JSON lines of id, task, completion; empty: VD with the query as answer"})
-    steps: int = field(default=1000, metadata={"help": "optimizer steps; the paper does not say"})
-    seed: int = field(default=0, metadata={"help": "all randomness follows from it"})
-    batch_size: int = field(default=32, metadata={"help": "completions a step, over all processes"})
-    per_pass: int = field(default=0, metadata={"help": "completions a forward pass on a process, 0 for all; lower it when memory runs out"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "a usual value for full fine-tuning; falls linearly to a tenth of it"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "longer gradients are cut to this length"})
-    total_pixels: int = field(default=video.TOTAL_PIXELS, metadata={"help": "pixels of all frames of a video"})
+    model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
+    annotations: str = flag(MISSING, "annotation file")
+    videos: str = flag(MISSING, "folder of the video files")
+    output: str = flag(MISSING, "folder for logs and the model")
+    demonstrations: str = flag("", "JSON lines of id, task, completion; empty: VD with the query as answer")
+    steps: int = flag(1000, "optimizer steps; the paper does not say")
+    seed: int = flag(0, "all randomness follows from it")
+    batch_size: int = flag(32, "completions a step, over all processes")
+    per_pass: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
+    learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
+    max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
 
 
 def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[data.Sample, tasks.Task, str]]:
-    """(sample, task, completion) of every line of a demonstrations file, or the Invert-SFT ones when path is empty."""
+    """(sample, task, completion) of every line of a demonstrations file, or the Invert-SFT ones when path is empty;
+    none of an inversion task for a query without a verb."""
+    with_verb = {sample.id for sample in tasks.with_verb(samples)}
     if not path:
-        return [(s, tasks.TASKS["VD"], f"<think>{s.query}</think> <answer>{s.query}</answer>") for s in samples]
+        return [(s, tasks.TASKS["VD"], f"<think>{s.query}</think> <answer>{s.query}</answer>")
+                for s in samples if s.id in with_verb]
     by_id, found = {sample.id: sample for sample in samples}, []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -56,14 +60,14 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[dat
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: no demonstration ({error!r}); it needs the id of a sample, a task "
                              f"({', '.join(tasks.TASKS)}) and a completion") from error
-    return found
+    return [row for row in found if not row[1].segment or row[0].id in with_verb]
 
 
 def main(config: Config) -> None:
     rank, world, _ = launch.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    samples, _ = data.read(config.annotations, config.videos)
+    samples, rejected = data.read(config.annotations, config.videos)
     rows = read_demonstrations(config.demonstrations, samples)
     policy, encoder = model.load(config.model)
     policy = model.shard(policy)
@@ -73,10 +77,15 @@ def main(config: Config) -> None:
     if rank == 0:
         launch.write_config(config, output)
         (output / "metrics.jsonl").write_text("")
+        tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected")
+        for item in rejected:
+            tqdm.write(f"rejected {item.place}: {item.reason}")
     for step in (bar := tqdm(range(config.steps), desc="SFT", disable=rank > 0, dynamic_ncols=True)):
         began = time.perf_counter()
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        batch = [data.pick(rows, index, config.seed, make)[:2] for index in share]
+        picked = [data.pick(rows, index, config.seed, make) for index in share]
+        batch = [(row, prompt) for row, prompt, _ in picked]
+        bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
         targets = [encoder.tokenizer(row[2] + model.STOP_TOKENS[0])["input_ids"] for row, _ in batch]
         total = sum(launch.gather([sum(map(len, targets))]))                    # tokens, over all processes
         size, mean = config.per_pass or len(batch), 0.0
@@ -88,17 +97,19 @@ def main(config: Config) -> None:
             loss = -logp.sum() / total
             (loss * world).backward()                                           # FSDP averages, the loss wants the sum
             mean += loss.item()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
         optimizer.step()
         optimizer.zero_grad()
-        mean = sum(launch.gather([mean]))
+        mean, norm = sum(launch.gather([mean])), launch.whole(norm)
         if rank == 0:
             bar.set_postfix(loss=f"{mean:.3f}")
+            for error in bad:
+                tqdm.write(f"replaced by another sample: {error}")
             with open(output / "metrics.jsonl", "a") as log:
-                print(json.dumps({"step": step, "loss": mean, "lr": optimizer.param_groups[0]["lr"],
-                                  "seconds": time.perf_counter() - began}), file=log)
+                print(json.dumps({"step": step, "loss": mean, "grad_norm": norm, "bad_videos": len(bad),
+                                  "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began}), file=log)
     model.save(policy, encoder, output / "model")
 
 

@@ -106,19 +106,21 @@ def test_sample_follows_the_softmax():
 
 
 def test_greedy_equals_plain_decoding(tiny, prompts):
+    """Every token is the likeliest of the whole vocabulary under transformers' own forward pass."""
     policy, encoder = tiny
     rollouts = grpo.rollout(policy, prompts, 1, 6, stop(encoder))
+    allowed = [i for i in range(policy.qwen.lm_head.out_features) if i not in policy.forbidden]
     for b, prompt in enumerate(prompts):
         tokens = rollouts.completions[b, 0][rollouts.mask[b, 0].bool()]
         for c in range(len(tokens)):
-            prefix = torch.cat([tokens[:c], torch.tensor([0])])[None, None]
-            scores = []
-            for candidate in (tokens[c], (tokens[c] + 1) % 200 + 20):       # the choice beats another token
-                prefix[0, 0, c] = candidate
-                if int(candidate) in policy.forbidden:
-                    continue
-                scores.append(repeated(policy, [prompt], prefix, torch.ones_like(prefix), 1.0)[0, 0, c].item())
-            assert scores[0] == max(scores)
+            ids = torch.cat([prompt.ids, tokens[:c]])[None]
+            after = prompt.positions.max() + 1 + torch.arange(c)
+            with torch.no_grad():
+                logits = policy.qwen(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=prompt.patches.double(),
+                    position_ids=torch.cat([prompt.positions, after.expand(3, -1)], 1)[:, None],
+                    video_grid_thw=prompt.grid[None]).logits[0, -1]
+            assert int(tokens[c]) == allowed[int(logits[allowed].argmax())]
 
 
 def test_mask_ends_with_the_stop_token(tiny, prompts):
@@ -140,6 +142,7 @@ def test_advantages_by_hand():
     std = math.sqrt((4 + 1 + 0 + 9) / 3)                                    # mean 3, unbiased
     expected = [(r - 3) / (std + 1e-4) for r in (1, 2, 3, 6)]
     torch.testing.assert_close(grpo.advantages(rewards), torch.tensor([expected, [0.0] * 4]))
+    assert (grpo.advantages(torch.full((1, 8), 1.6153846)) == 0).all()      # whose fp32 mean is another number
 
 
 def test_groups_are_normalised_on_their_own():

@@ -48,23 +48,23 @@ def test_two_processes_are_one(folder, warm, tmp_path):
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 3 and any(row["grad_norm"] > 0 for row in one)
     for a, b in zip(one, two):
-        for key in a.keys() - {"seconds", "tokens_per_second"}:
+        for key in a.keys() - {"seconds", "tokens_per_second", "mismatch"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else b[key]), key
     texts = [[row["completion"] for row in rows(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
     assert texts[0] == texts[1] and len(texts[0]) == 3 * 2
     before, after, sharded = (load_file(path / "model.safetensors") for path in
                               (warm, tmp_path / "one" / "model", tmp_path / "two" / "model"))
     assert after.keys() == sharded.keys() == before.keys()
-    for name in after:
-        torch.testing.assert_close(after[name], sharded[name], rtol=0, atol=1e-5)
-    moved = max((after[name] - before[name]).abs().max().item() for name in after)
-    assert moved > 5e-5                                     # else the comparison above would compare the start
+    change = lambda weights: torch.cat([(weights[name] - before[name]).flatten() for name in before])
+    assert change(after).abs().max() > 5e-5                 # else the next line would compare the start
+    assert (change(after) - change(sharded)).norm() < 0.02 * change(after).norm()   # Adam enlarges tiny differences
 
 
 def test_micro_batches_are_one_batch(folder, warm, tmp_path):
     for name, size in (("whole", 0), ("parts", 1)):
         train.main(config(folder, tmp_path / name, prompts_per_pass=size, steps=2))
     whole, parts = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert any(row["grad_norm"] > 0 for row in whole)
     for a, b in zip(whole, parts):
         assert a["reward"] == b["reward"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
@@ -79,7 +79,8 @@ def test_run_says_what_it_did(folder, warm, tmp_path):
         assert row["step"] == step and row["task"] == task.name
         assert row["reward"] == pytest.approx(row["format"] + row[part])
         assert row["tokens"] <= 64 and 0 <= row["flat"] <= 1 and 0 <= row["truncated"] <= 1
-        assert row["mismatch"] is None or row["mismatch"] < 1e-4        # what is scored is what was sampled
+        assert row["mismatch"] is None or row["mismatch"] < 1e-5        # what is scored is what was sampled
+    assert any(row["mismatch"] is not None for row in rows(tmp_path / "run" / "metrics.jsonl"))
     samples = {sample.id: sample for sample in data.read(settings.annotations, settings.videos)[0]}
     shown = rows(tmp_path / "run" / "samples.jsonl")
     assert len(shown) == settings.steps * settings.prompts_per_step
@@ -91,7 +92,7 @@ def test_run_says_what_it_did(folder, warm, tmp_path):
 
 
 def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):
-    same = lambda task: replace(task, reward=lambda text, sample: type(task.reward("", sample))({"format": 1.0}))
+    same = lambda task: replace(task, reward=lambda text, sample: type(task.reward("", sample))({"format": 0.6153846}))
     monkeypatch.setattr(tasks, "TASKS", {name: same(task) for name, task in tasks.TASKS.items()})
     train.main(config(folder, tmp_path / "flat"))
     before, after = (load_file(path / "model.safetensors") for path in (warm, tmp_path / "flat" / "model"))
@@ -138,9 +139,10 @@ def sft_config(folder, output, **flags):
 def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
     sft.main(sft_config(folder, tmp_path / "one", per_pass=2))
     torchrun("sft.py", 2, sft_config(folder, tmp_path / "two"))
-    one, two = ([row["loss"] for row in rows(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-3)
-    assert one[-1] < one[0] - 1
+    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two):
+        assert (a["loss"], a["grad_norm"]) == (pytest.approx(b["loss"], rel=1e-3), pytest.approx(b["grad_norm"], rel=1e-2))
+    assert one[-1]["loss"] < one[0]["loss"] - 1 and len(one) == len(two)
 
 
 def test_sft_without_demonstrations_describes_the_segment(folder):
@@ -148,6 +150,11 @@ def test_sft_without_demonstrations_describes_the_segment(folder):
     for sample, task, text in sft.read_demonstrations("", samples):
         reward = task.reward(text, sample)
         assert task.name == "VD" and reward.total == 2.0 and sample.query in text
+
+
+def test_queries_without_a_verb_are_no_demonstrations(folder):
+    silent = replace(data.read(str(folder / "train.txt"), str(folder / "videos"))[0][0], query="the table over there")
+    assert sft.read_demonstrations("", [silent]) == []
 
 
 def test_demonstrations_are_checked(folder, tmp_path):

@@ -10,7 +10,7 @@ both, and the table at the end tells whether it did. Nothing outside this file k
 """
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -30,6 +30,7 @@ import sft
 import tasks
 import train
 import video
+from launch import flag
 
 SIZE, FPS, LONGEST = 28, 4, 16          # pixels, frames a second, seconds
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (230, 210, 40)}
@@ -38,7 +39,7 @@ VERBS = {"rising": "falling", "falling": "rising", "growing": "shrinking", "shri
          "spinning": "blinking", "blinking": "spinning"}    # verb: its opposite
 BACKGROUND = 25
 LATE = 0.6                              # chance that the teacher marks a start or an end a second late
-MAX_TOKENS = 64                         # of a completion; the longest demonstration has 45
+MAX_TOKENS = 64                         # of a completion; the longest demonstration has 45 with its stop token
 CONFUSED = {"blinking": 0.75}           # chance that the teacher takes a verb for its opposite
 
 
@@ -185,15 +186,15 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
 
 @dataclass
 class Config:
-    output: str = field(default="runs/toy", metadata={"help": "where the world, the models and the pictures go"})
-    seed: int = field(default=0, metadata={"help": "of the world, the warm start and GRPO"})
-    steps: int = field(default=100, metadata={"help": "GRPO steps; below 20, everything else is cut down as well"})
-    tvg_prob: float = field(default=0.8, metadata={"help": "p of Eq. 13; 1 trains TVG alone"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "of GRPO: a hundred times that of a model of 3 billion weights"})
-    beta: float = field(default=0.005, metadata={"help": "weight of the KL term"})
-    prompts_per_step: int = field(default=16, metadata={"help": "prompts in a GRPO step"})
-    warm_start: str = field(default="", metadata={"help": "model folder to start from, such as another run's runs/toy/model; empty: make one with sft.py"})
-    warm_steps: int = field(default=1100, metadata={"help": "SFT steps of a new warm start"})
+    output: str = flag("runs/toy", "where the world, the models and the pictures go")
+    seed: int = flag(0, "of the world, the warm start and GRPO")
+    steps: int = flag(100, "GRPO steps; below 20, everything else is cut down as well")
+    tvg_prob: float = flag(0.8, "p of Eq. 13; 1 trains TVG alone")
+    learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of a model of 3 billion weights")
+    beta: float = flag(0.005, "weight of the KL term: little, since the reference is what is to be mended")
+    prompts_per_step: int = flag(16, "prompts in a GRPO step")
+    warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
+    warm_steps: int = flag(1100, "SFT steps of a new warm start")
 
 
 def main(config: Config) -> dict[str, dict]:
@@ -212,7 +213,7 @@ def main(config: Config) -> dict[str, dict]:
         print("2. making a warm start: Invert-SFT and TVG, from the demonstrations of a careless teacher", flush=True)
         write_model(world / "random", world, config.seed)
         sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
-                            steps=min(config.warm_steps, 20 * config.steps), learning_rate=1e-3,
+                            steps=100 if small else config.warm_steps, learning_rate=1e-3,
                             demonstrations=str(world / "demonstrations.jsonl"), **common))
         shutil.copytree(world / "sft" / "model", start, dirs_exist_ok=True)
 

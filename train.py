@@ -10,14 +10,14 @@ and the frozen reference, and takes one AdamW step on the loss (Eq. 4).
 Writes to --output: config.json, metrics.jsonl (a line a step), samples.jsonl (a completion of each prompt's group,
 with its reward), and the trained model as a Hugging Face folder, model/.
 
-Departures from the paper: the default learning rate (see Config), and those that grpo.py and tasks.py list.
+Departures from the paper: the default learning rate (see Config), no step on a batch whose groups are all flat (see
+take_step), and those that grpo.py, tasks.py, rewards.py and video.py list.
 """
-import copy
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,29 +32,33 @@ import model
 import rewards
 import tasks
 import video
+from launch import flag
 
 
 @dataclass
 class Config:
-    model: str = field(metadata={"help": "Hugging Face folder of a Qwen2.5-VL"})
-    annotations: str = field(metadata={"help": "Charades-STA text file"})
-    videos: str = field(metadata={"help": "folder of the video files"})
-    output: str = field(metadata={"help": "folder for logs and models"})
-    steps: int = field(default=1000, metadata={"help": "optimizer steps; the paper's two epochs of Charades-STA in batches of 4 are 6,204"})
-    seed: int = field(default=0, metadata={"help": "all randomness follows from it"})
-    tvg_prob: float = field(default=0.8, metadata={"help": "p of Eq. 13, the paper's value"})
-    tasks: list[str] = field(default_factory=lambda: list(tasks.INVERSIONS), metadata={"help": "inversion tasks to draw from; the paper's three"})
-    group_size: int = field(default=8, metadata={"help": "G, completions a prompt; the paper does not say, the authors' code has 8"})
-    prompts_per_step: int = field(default=4, metadata={"help": "prompts in the global batch; the paper's batch size. A multiple of the number of processes"})
-    prompts_per_pass: int = field(default=0, metadata={"help": "prompts sampled and scored at once on a process, 0 for all; lower it when memory runs out, the result is the same"})
-    beta: float = field(default=0.04, metadata={"help": "weight of the KL term; the paper does not say, the authors' code has 0.04. 0 needs no reference model"})
-    learning_rate: float = field(default=1e-6, metadata={"help": "the paper says 5e-5, which breaks a fully fine-tuned model in a few steps; its authors' code leaves it at 1e-6"})
-    warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises, while Adam's averages are still noisy; 0 as in the paper"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "longer gradients are cut to this length, the usual value"})
-    max_tokens: int = field(default=1024, metadata={"help": "longest completion; the authors' value"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling and scoring alike, so that what is scored is what was sampled"})
-    total_pixels: int = field(default=video.TOTAL_PIXELS, metadata={"help": "pixels of all frames of a video, about the paper's 2.8 M"})
-    save_every: int = field(default=0, metadata={"help": "also save the model every so many steps, 0 for only at the end"})
+    model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
+    annotations: str = flag(MISSING, "annotation file")
+    videos: str = flag(MISSING, "folder of the video files")
+    output: str = flag(MISSING, "folder for logs and models")
+    steps: int = flag(1000, "optimizer steps; the paper's two epochs of Charades-STA in batches of 4 are 6,204")
+    seed: int = flag(0, "all randomness follows from it")
+    tvg_prob: float = flag(0.8, "p of Eq. 13, the paper's value")
+    tasks: list[str] = flag(list(tasks.INVERSIONS), "inversion tasks to draw from; the paper's three")
+    group_size: int = flag(8, "G, completions a prompt; the paper does not say, the authors' code has 8")
+    prompts_per_step: int = flag(4, "prompts in the global batch, a multiple of the processes; the paper's batch size")
+    prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a process, 0 for all; lower it when memory "
+                                    "runs out, the result is the same")
+    beta: float = flag(0.04, "weight of the KL term; the paper does not say, the authors' code has 0.04. 0 needs no "
+                             "reference model")
+    learning_rate: float = flag(1e-6, "its authors' code has 1e-6; the paper says 5e-5, fifty times what full "
+                                      "fine-tuning with reinforcement learning usually takes")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
+    max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    max_tokens: int = flag(1024, "longest completion; the authors' value")
+    temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    save_every: int = flag(0, "also save the model every so many steps, 0 for only at the end")
 
 
 def check(config: Config, world: int) -> None:
@@ -68,6 +72,9 @@ def check(config: Config, world: int) -> None:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
+    for name, least in (("steps", 1), ("max_tokens", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
 
 
 def main(config: Config) -> None:
@@ -77,8 +84,10 @@ def main(config: Config) -> None:
     invertible = tasks.with_verb(samples) if config.tvg_prob < 1 else []
     if config.tvg_prob < 1 and not invertible:
         raise ValueError(f"{config.annotations}: no query with a verb, so no inversion task; give --tvg_prob 1")
+    reference = None
+    if config.beta > 0:     # loaded on its own and first, so that a process never holds two whole models
+        reference = model.shard(model.load(config.model)[0].requires_grad_(False))
     policy, encoder = model.load(config.model)
-    reference = model.shard(copy.deepcopy(policy).requires_grad_(False)) if config.beta > 0 else None
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0)
@@ -86,13 +95,13 @@ def main(config: Config) -> None:
     output = Path(config.output)
     if rank == 0:
         launch.write_config(config, output)
-        tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected, {len(samples) - len(invertible)} not for "
-                   f"inversion; {world} process(es) on {device}")
+        without = f", {len(samples) - len(invertible)} without a verb" if config.tvg_prob < 1 else ""
+        tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}; {world} process(es) on {device}")
         for item in rejected:
             tqdm.write(f"rejected {item.place}: {item.reason}")
 
     def prepare(step: int):
-        """(task, this process's share of the step's prompts): every world-th of the global batch."""
+        """The step's task, and (index, sample, prompt, errors) of this process's share: every world-th prompt."""
         task = tasks.draw(step, config.seed, config.tvg_prob, config.tasks)
         pool = invertible if task.segment else samples
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)
@@ -108,7 +117,8 @@ def main(config: Config) -> None:
                 upcoming = background.submit(prepare, step + 1)     # decodes while this step computes
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
-            numbers, completions = take_step(config, policy, reference, optimizer, encoder, task, batch, world)
+            parts, completions = sample_step(config, policy, encoder, task, batch)
+            numbers = take_step(config, policy, reference, optimizer, parts, completions, world)
             log({"step": step, "task": task.name, **numbers, "lr": optimizer.param_groups[0]["lr"]}, completions,
                 time.perf_counter() - began)
             if config.save_every and (step + 1) % config.save_every == 0:
@@ -116,78 +126,92 @@ def main(config: Config) -> None:
     model.save(policy, encoder, output / "model")
 
 
-def take_step(config: Config, policy, reference, optimizer, encoder, task, batch, world: int) -> tuple[dict, list[dict]]:
-    """One GRPO step on this process's share of the batch, [(index in the stream, sample, prompt, errors)].
+def sample_step(config: Config, policy, encoder, task: tasks.Task, batch: list) -> tuple[list, list[dict]]:
+    """Sample and reward G completions of each prompt of `batch`, [(index in the stream, sample, prompt, errors)].
 
-    Returns the step's numbers and all its completions, those of the other processes included.
+    Returns what to train on, a (prompts, rollouts, advantage (B, G)) for each pass of this process, and a row for
+    each completion of all processes, in the order of the global batch.
     """
     size = config.prompts_per_pass or len(batch)
-    parts, mine = [], []        # a part is what is sampled, and later scored, in one pass
+    passes, rows = [], []
     model.gathered(policy, True)
-    for part in (batch[i:i + size] for i in range(0, len(batch), size)):
-        generators = [torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]))
-                      for index, *_ in part]
-        prompts = [prompt for _, _, prompt, _ in part]
+    for some in (batch[i:i + size] for i in range(0, len(batch), size)):
+        prompts = [prompt for _, _, prompt, _ in some]
+        seeds = [np.random.SeedSequence([config.seed, index]).generate_state(1)[0] for index, *_ in some]
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         rollouts = grpo.rollout(policy, prompts, config.group_size, config.max_tokens, encoder.stop_ids, generators,
                                 config.temperature)
-        texts = encoder.decode(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1))
-        of = [sample for _, sample, *_ in part for _ in range(config.group_size)]
-        rewards.verbs_of([rewards.answer(text) for text in texts] if task.segment else [])     # tags them in one batch
-        scores = [task.reward(text, sample) for text, sample in zip(texts, of)]
-        total = torch.tensor([score.total for score in scores]).view(len(part), -1)         # (B, G)
-        advantage = grpo.advantages(total)
-        parts.append((prompts, rollouts, advantage.to(rollouts.mask.device)))
-        ended = torch.isin(rollouts.completions, torch.tensor(encoder.stop_ids, device=rollouts.mask.device)).any(-1)
-        for i, (text, sample, score) in enumerate(zip(texts, of, scores)):
-            mine.append({"index": part[i // config.group_size][0], "id": sample.id, "query": sample.query, "completion": text, "reward": score.total,
-                         **score.parts, "advantage": advantage.flatten()[i].item(),
-                         "tokens": int(rollouts.mask.flatten(0, 1)[i].sum()),
-                         "truncated": not bool(ended.flatten()[i])})
+        texts = encoder.decode(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1))     # B * G
+        if task.segment:
+            rewards.verbs_of([rewards.answer(text) for text in texts])      # one batch for spaCy, then look-ups
+        repeated = [item for item in some for _ in range(config.group_size)]                        # B * G
+        scores = [task.reward(text, sample) for text, (_, sample, _, _) in zip(texts, repeated)]
+        advantage = grpo.advantages(torch.tensor([score.total for score in scores]).view(len(some), -1))    # (B, G)
+        passes.append((prompts, rollouts, advantage.to(rollouts.mask.device)))
+
+        lengths = rollouts.mask.sum(-1).flatten().tolist()
+        last = rollouts.completions.gather(-1, rollouts.mask.sum(-1, keepdim=True) - 1).flatten().tolist()
+        for i, ((index, sample, _, errors), text, score) in enumerate(zip(repeated, texts, scores)):
+            rows.append({"index": index, "id": sample.id, "query": sample.query, "completion": text,
+                         "reward": score.total, **score.parts, "advantage": advantage.flatten()[i].item(),
+                         "tokens": lengths[i], "truncated": last[i] not in encoder.stop_ids,
+                         "bad_videos": [str(error) for error in errors] if i % config.group_size == 0 else []})
     model.gathered(policy, False)
-    everyone = sorted(launch.gather(mine), key=lambda row: row["index"])    # the same order for any number of processes
-    mean = lambda key: float(np.mean([row[key] for row in everyone]))
-    flat = np.mean([all(row["advantage"] == 0 for row in everyone[i:i + config.group_size])
-                    for i in range(0, len(everyone), config.group_size)])
-    numbers = {"reward": mean("reward"), **{name: mean(name) for name in scores[0].parts}, "tokens": mean("tokens"),
-               "truncated": mean("truncated"), "flat": float(flat)}
-    if flat == 1:       # nothing to learn from; Adam would still take a full-size step on the KL term's tiny gradient
-        return {**numbers, "kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}, everyone
+    return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
+
+
+def take_step(config: Config, policy, reference, optimizer, passes: list, rows: list[dict], world: int) -> dict:
+    """One AdamW step on what `sample_step` returned; returns the numbers of the step for the log.
+
+    When every group is flat there is nothing to learn, and no step: Adam would take one of full size on the tiny
+    gradient of the KL term.
+    """
+    mean = lambda key: float(np.mean([row[key] for row in rows]))
+    names = [name for name in ("format", "iou", "vc", "ar", "vd") if name in rows[0]]
+    groups = np.array([row["advantage"] for row in rows]).reshape(-1, config.group_size)
+    flat = float((groups == 0).all(1).mean())
+    numbers = {"reward": mean("reward"), **{name: mean(name) for name in names}, "tokens": mean("tokens"),
+               "truncated": mean("truncated"), "flat": flat}
+    if flat == 1:
+        return {**numbers, "kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}
 
     sums = torch.zeros(3)
-    for prompts, rollouts, advantage in parts:
+    for prompts, rollouts, advantage in passes:
         score = partial(grpo.logprobs, prompts=prompts, completions=rollouts.completions, mask=rollouts.mask,
                         temperature=config.temperature)
         with torch.no_grad():
             ref_logp = score(reference) if reference is not None else None
         logp = score(policy)                                                                # (B, G, C)
-        loss, kl = grpo.loss(logp, logp.detach(), ref_logp, advantage, rollouts.mask, config.beta, len(everyone))
+        loss, kl = grpo.loss(logp, logp.detach(), ref_logp, advantage, rollouts.mask, config.beta, len(rows))
         (loss * world).backward()       # FSDP averages the gradients over the processes; the loss wants their sum
-        mismatch = (logp.detach() - rollouts.logprobs).abs().sum() / rollouts.mask.sum() / len(parts) / world
-        sums += torch.stack([loss.detach(), kl, mismatch]).cpu()
+        sums += torch.stack([loss.detach(), kl, (logp.detach() - rollouts.logprobs).abs().sum()]).cpu()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     loss, kl, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return {**numbers, "kl": kl, "loss": loss, "mismatch": mismatch, "grad_norm": float(norm)}, everyone
+    return {**numbers, "kl": kl, "loss": loss, "mismatch": mismatch / sum(row["tokens"] for row in rows),
+            "grad_norm": launch.whole(norm)}
 
 
 @contextmanager
 def open_logs(output: Path, rank: int, group_size: int):
-    """log(numbers, completions, seconds): a console line and a metrics.jsonl line a step, and one completion of each
-    group in samples.jsonl; only the first process writes."""
+    """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
+    samples.jsonl, and the name of every video that had to be replaced; only the first process writes."""
     if rank > 0:
         yield lambda *_: None
         return
-    with open(output / "metrics.jsonl", "w") as metrics, open(output / "samples.jsonl", "w") as shown:
-        def log(numbers: dict, completions: list[dict], seconds: float) -> None:
-            numbers["tokens_per_second"] = sum(row["tokens"] for row in completions) / seconds
-            numbers["seconds"] = seconds
+    with open(output / "metrics.jsonl", "w") as metrics, open(output / "samples.jsonl", "w") as samples:
+        def log(numbers: dict, rows: list[dict], seconds: float) -> None:
+            bad = [error for row in rows for error in row.pop("bad_videos")]
+            numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,
+                       "tokens_per_second": sum(row["tokens"] for row in rows) / seconds}
             print(json.dumps(numbers), file=metrics, flush=True)
-            for row in completions[::group_size]:
-                print(json.dumps({"step": numbers["step"], "task": numbers["task"], **row}), file=shown, flush=True)
+            for row in rows[::group_size]:
+                print(json.dumps({"step": numbers["step"], "task": numbers["task"], **row}), file=samples, flush=True)
             tqdm.write("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                                  for key, value in numbers.items()))
+            for error in bad:
+                tqdm.write(f"replaced by another sample: {error}")
         yield log
 
 
