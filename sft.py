@@ -13,11 +13,13 @@ tokens, the stop token included. Writes config.json, metrics.jsonl and model/ to
 """
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -73,27 +75,38 @@ def main(config: Config) -> None:
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     load, output = partial(video.load, total_pixels=config.total_pixels), Path(config.output)
-    make = lambda row: tasks.prepare(row[0], row[1], encoder, load)
+
+    def make(row: tuple) -> tuple[model.Prompt, torch.Tensor]:
+        sample, task, text = row
+        target = encoder.tokenizer(text + model.STOP_TOKENS[0])["input_ids"]
+        return tasks.prepare(sample, task, encoder, load), torch.tensor(target)
+
     if rank == 0:
         launch.write_config(config, output)
         (output / "metrics.jsonl").write_text("")
         tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected")
         for item in rejected:
             tqdm.write(f"rejected {item.place}: {item.reason}")
+
+    def prepare(step: int) -> list:
+        share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
+        return [data.pick(rows, index, config.seed, make) for index in share]
+
+    background = ThreadPoolExecutor(1)
+    upcoming = background.submit(prepare, 0)
     for step in (bar := tqdm(range(config.steps), desc="SFT", disable=rank > 0, dynamic_ncols=True)):
         began = time.perf_counter()
-        share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        picked = [data.pick(rows, index, config.seed, make) for index in share]
-        batch = [(row, prompt) for row, prompt, _ in picked]
+        picked = upcoming.result()
+        if step + 1 < config.steps:
+            upcoming = background.submit(prepare, step + 1)                     # decodes while this step computes
+        prompts, targets = zip(*(made for _, made, _ in picked))
         bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
-        targets = [encoder.tokenizer(row[2] + model.STOP_TOKENS[0])["input_ids"] for row, _ in batch]
         total = sum(launch.gather([sum(map(len, targets))]))                    # tokens, over all processes
-        size, mean = config.per_pass or len(batch), 0.0
-        for i in range(0, len(batch), size):
-            tokens = [torch.tensor(t) for t in targets[i:i + size]]
-            completions = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)[:, None]            # (B, 1, C)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True)[:, None]
-            logp = grpo.logprobs(policy, [prompt for _, prompt in batch[i:i + size]], completions, mask)
+        size, mean = config.per_pass or len(targets), 0.0
+        for i in range(0, len(targets), size):
+            completions = pad_sequence(targets[i:i + size], batch_first=True)[:, None]                  # (B, 1, C)
+            mask = pad_sequence([torch.ones_like(t) for t in targets[i:i + size]], batch_first=True)[:, None]
+            logp = grpo.logprobs(policy, prompts[i:i + size], completions, mask)
             loss = -logp.sum() / total
             (loss * world).backward()                                           # FSDP averages, the loss wants the sum
             mean += loss.item()
