@@ -1,21 +1,53 @@
-"""Annotation files -> samples: a video, a sentence, and from when to when it happens.
+"""Annotation files -> samples: a video, a sentence, and from when to when it happens, in seconds.
 
-Charades-STA text, one line a sample:
+Five formats are read, told apart by what is in the file, never by its name:
 
-    AO8RW 0.0 6.9##a person is putting a book on a shelf.
-    video start end##sentence      (seconds; the sentence may hold further #)
+    Charades-STA text       a line a sample; there may be further # in the sentence                 id AO8RW:1 (line)
+        AO8RW 0.0 6.9##a person is putting a book on a shelf.
+    ActivityNet Captions    one json object, a video a key                                          id v_uqiMw7tQ1Cc:0
+        {"v_uqiMw7tQ1Cc": {"duration": 55.15, "timestamps": [[0.28, 55.15]], "sentences": ["A weight lifting ..."]}}
+    QVHighlights jsonl      a json object a line; each window is a sample                           id 9769:0, 9769:1
+        {"qid": 9769, "query": "some military ...", "vid": "j7rJstUseKg_360.0_510.0", "duration": 150,
+         "relevant_windows": [[72, 82], [84, 94]]}
+    TimeRFT json            a list of objects                                                       id KgO7MJNO3oo:0
+        {"video": "./timerft_data/KgO7MJNO3oo.mp4", "timestamp": [0.0, 3.5], "sentence": "cnn news shows ...",
+         "duration": 10.8, "video_start": 120.6, "video_end": 131.4}
+    TVGBench json           a list of objects                                                       id KWZSA:0
+        {"path": "./tvgbench_data/KWZSA.mp4", "question": "a person was sitting at a table.", "answer": "13.4-28.1",
+         "start": null, "end": null, "duration": 30.12}
 
-A line that cannot be used is rejected with its reason and counted, never silently dropped.
+The last two may use a part of the file only, from video_start to video_end (TVGBench: start, end), and the segment then
+counts from the beginning of that part, not of the file: in all 665 such records of the published TimeRFT `duration` is
+video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them have the part in
+the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under that name; the linter
+calls a file that is too short for its part undecodable.
+
+A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
+its reason, never silently dropped. A video is looked for in its folder and the subfolders: by id with any usual
+extension, by the annotated path, and by ever shorter ends of that path, down to the bare name.
+
+    python data.py train.txt                     the linter: one json object of counts; a summary on standard error
+    python data.py train.txt --videos videos/    also looks up and decodes every video
 """
+import argparse
+import json
+import math
+import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+from tqdm import tqdm
 
-from video import VideoError
+from video import Loader, VideoError
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
+OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
+NOISE = 0.02        # seconds; published durations are rounded: an overshoot this small is clipped but not counted
 
 
 class AnnotationError(ValueError):
@@ -24,67 +56,219 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    id: str                 # unique in its file: "<video>:<line>"
-    video: str              # path of the video file
+    id: str                             # unique in its file, and the same whenever it is read
+    video: str                          # path of the video file
     query: str
-    start: float            # seconds
-    end: float              # seconds, > start
-    duration: float | None  # seconds, where the annotation gives it
+    start: float                        # seconds, from video_start on
+    end: float                          # seconds, > start
+    duration: float | None              # seconds, of the part if there is one; None where the annotation has none
+    video_start: float | None = None    # seconds: the part of the file to decode; None for the whole file
+    video_end: float | None = None
+    clipped: bool = False               # `end` was up to 5 s after the end of the video
 
 
 @dataclass(frozen=True)
 class Rejected:
-    place: str              # file:line
-    reason: str
+    place: str      # file:line, or file: key
+    reason: str     # one of a few, to be counted
+    detail: str     # what was found, or expected
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason} ({self.detail})"
 
 
-LINE = re.compile(r"(\S+) +(\S+) +(\S+?)##(.*)")
-
-
-def read(path: str, videos: str) -> tuple[list[Sample], list[Rejected]]:
+def read(path: str, videos: str | None) -> tuple[list[Sample], list[Rejected]]:
     """Samples of an annotation file, their videos looked up in the folder `videos`, and what had to be rejected.
 
+    A video that is not there stays a sample, with the path where it was expected; with `videos` None none is looked up.
     Raises AnnotationError when the file or the folder cannot be read, or no sample is left.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: cannot be read ({error}); give --annotations a Charades-STA text file") from error
-    files = video_files(videos)
-    samples, rejected = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        match = LINE.fullmatch(line.strip())
-        try:
-            name, start, end, query = match[1], float(match[2]), float(match[3]), " ".join(match[4].split())
-        except (TypeError, ValueError):
-            rejected.append(Rejected(place, "not of the form 'video start end##sentence'"))
-            continue
-        if not 0 <= start < end < float("inf"):
-            rejected.append(Rejected(place, f"no segment from {start} to {end} s"))
-        elif not query:
-            rejected.append(Rejected(place, "no sentence"))
-        else:
-            samples.append(Sample(f"{name}:{number}", files.get(name, str(Path(videos, name + ".mp4"))), query,
-                                  start, end, None))
+    name, _, items = parse(path)
+    samples = [item for item in items if isinstance(item, Sample)]
+    rejected = [item for item in items if isinstance(item, Rejected)]
     if not samples:
-        first = f", the first at {rejected[0].place}: {rejected[0].reason}" if rejected else ""
-        raise AnnotationError(f"{path}: no usable line of the form 'video start end##sentence' "
-                              f"({len(rejected)} rejected{first})")
+        raise AnnotationError(f"{path}: no usable sample in this {name} file, {len(rejected)} rejected, the first at "
+                              f"{rejected[0]}; mend it, or give --annotations {KNOWN}")
+    if videos is not None:
+        find = finder(videos)
+        samples = [replace(sample, video=find(sample.video)) for sample in samples]
     return samples, rejected
 
 
-def video_files(folder: str) -> dict[str, str]:
-    """Video id -> path for every video file in a folder."""
+def parse(path: str) -> tuple[str, int, list[Sample | Rejected]]:
+    """(the name of a file's format, how many sentences it holds, what became of them); `video` is as annotated.
+
+    Raises AnnotationError when the file cannot be read, or has none of the formats.
+    """
     try:
-        found = {p.stem: str(p) for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in EXTENSIONS}
+        content = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise AnnotationError(f"{path}: cannot be read ({error}); give --annotations {KNOWN}") from error
+    # not splitlines(): there may be unusual line separators inside a sentence
+    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    any_has = lambda items, key: any(isinstance(item, dict) and key in item for item in items)
+    name, whole = None, load_json(content) if content.lstrip().startswith(("{", "[")) else None
+    if isinstance(whole, list):
+        name = "TimeRFT" if any_has(whole, "timestamp") else "TVGBench" if any_has(whole, "answer") else None
+        entries = [(f": [{index}]", index, item) for index, item in enumerate(whole)]
+    elif isinstance(whole, dict) and any_has(whole.values(), "timestamps"):
+        name, entries = "ActivityNet Captions", [(f": {video!r}", video, item) for video, item in whole.items()]
+    elif whole is not None:
+        entries = [(f":{number}", number, load_json(line)) for number, line in lines]
+        name = "QVHighlights" if any_has((item for *_, item in entries), "query") else None
+    elif any(LINE.fullmatch(line) for _, line in lines):
+        name, entries = "Charades-STA", [(f":{number}", number, line) for number, line in lines]
+    if name is None:
+        why = f" (as json: {whole})" if isinstance(whole, Exception) else ""
+        raise AnnotationError(f"{path}: none of the formats known here{why}; give --annotations {KNOWN}")
+
+    reader, form = FORMATS[name]
+    sentences, items, ids = 0, [], set()
+    for place, key, entry in entries:
+        try:
+            found = reader(path + place, key, entry) or [Rejected(path + place, "no windows", "as in a test set")]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found = [Rejected(path + place, "malformed", f"expected {form}")]
+        sentences += 1 if name == "QVHighlights" else len(found)    # there, one sentence may have several windows
+        for item in found:
+            if isinstance(item, Sample) and item.id in ids:
+                item = Rejected(path + place, "twice", f"there is a sample {item.id!r} before it")
+            ids.add(getattr(item, "id", None))
+            items.append(item)
+    return name, sentences, items
+
+
+def load_json(text: str):
+    """The value of a json text, or the error as a value; nesting too deep is an error, too."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def charades(place: str, number: int, line: str) -> list[Sample | Rejected]:
+    video, start, end, sentence = LINE.fullmatch(line).groups()
+    return [make(place, f"{video}:{number}", video, sentence, [float(start), float(end)], None)]
+
+
+def activitynet(place: str, video: str, item: dict) -> list[Sample | Rejected]:
+    duration, pairs = seconds(item["duration"]), zip(item["timestamps"], item["sentences"], strict=True)
+    return [make(f"{place}[{k}]", f"{video}:{k}", video, sentence, segment, duration)
+            for k, (segment, sentence) in enumerate(pairs)]
+
+
+def qvhighlights(place: str, _, item: dict) -> list[Sample | Rejected]:
+    qid, query, vid, duration = item["qid"], item["query"], item["vid"], seconds(item["duration"])
+    if type(qid) not in (str, int):     # a bool is an int, too
+        raise TypeError
+    return [make(place, f"{qid}:{k}", vid, query, window, duration)
+            for k, window in enumerate(item.get("relevant_windows") or [])]
+
+
+def timerft(place: str, index: int, item: dict) -> list[Sample | Rejected]:
+    return [make(place, f"{bare(item['video'])}:{index}", item["video"], item["sentence"], item["timestamp"],
+                 seconds(item["duration"]), item.get("video_start"), item.get("video_end"))]
+
+
+def tvgbench(place: str, index: int, item: dict) -> list[Sample | Rejected]:
+    segment = [float(second) for second in ANSWER.fullmatch(item["answer"]).groups()]
+    return [make(place, f"{bare(item['path'])}:{index}", item["path"], item["question"], segment,
+                 seconds(item["duration"]), item.get("start"), item.get("end"))]
+
+
+LINE = re.compile(r"(\S+)[ \t]+([-+.\deE]+)[ \t]+([-+.\deE]+)[ \t]*##(.*)", re.ASCII)
+ANSWER = re.compile(r"\s*(\d+\.?\d*)\s*-\s*(\d+\.?\d*)\s*", re.ASCII)
+FORMATS = {     # name: (what reads an entry, which raises or rejects what has not this form)
+    "Charades-STA": (charades, "'video start end##sentence'"),
+    "ActivityNet Captions": (activitynet, "an object with duration and as many timestamps as sentences"),
+    "QVHighlights": (qvhighlights, "an object with qid (text or whole number), query, vid, duration, relevant_windows"),
+    "TimeRFT": (timerft, "an object with video, sentence, timestamp, duration"),
+    "TVGBench": (tvgbench, "an object with path, question, answer ('13.4-28.1'), duration")}
+KNOWN = f"a file of one of the formats {', '.join(FORMATS)}"
+
+
+def make(place: str, id: str, video, query, segment, duration, video_start=None, video_end=None) -> Sample | Rejected:
+    """A Sample of values that may be of any type, or why they are none."""
+    try:
+        id, name, query = text(id), text(video), " ".join(text(query).split())
+        start, end = map(seconds, segment)
+        if (video_start, video_end) != (None, None):
+            video_start, video_end = seconds(video_start), seconds(video_end)
+            duration = video_end - video_start
+        if not PurePosixPath(name).name or (video_start or 0) < 0 or (duration is not None and duration <= 0):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        return Rejected(place, "malformed", "expected texts as video and sentence, and finite numbers of seconds, from 0 "
+                        "on, as start and end of the segment, duration, and part of the video")
+    detail = f"from {start:g} to {end:g} s" + (f" of {duration:g} s" if duration else "")
+    over = round(end - duration, 6) if duration else 0.0     # 105.1 - 100.1 is not quite 5
+    if not query:
+        return Rejected(place, "no sentence", "it is empty")
+    if end <= start:
+        return Rejected(place, "ends no later than it starts", detail)
+    if over > OVERSHOOT:
+        return Rejected(place, f"ends more than {OVERSHOOT:g} s after the video", detail)
+    if start < 0 or (duration and start >= duration):
+        return Rejected(place, "starts outside the video", detail)
+    return Sample(id, name, query, start, min(end, duration or end), duration, video_start, video_end, over > NOISE)
+
+
+def seconds(value) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e9:     # no bool, no NaN
+        raise ValueError
+    return float(value)
+
+
+def text(value) -> str:
+    value.encode()      # json can hold lone surrogates, no file name or log can: UnicodeEncodeError, a ValueError
+    return value
+
+
+def stem(name: str) -> str:
+    """'sub/x.mp4' -> 'sub/x', but 'x_510.0' as it is."""
+    extension = os.path.splitext(name)[1]
+    return name[:-len(extension)] if extension.lower() in EXTENSIONS else name
+
+
+def bare(path: str) -> str:
+    """'./videos/x.mp4' -> 'x'"""
+    return stem(PurePosixPath(path).name)
+
+
+def finder(folder: str) -> Callable[[str], str]:
+    """find(video), of an id or an annotated path, is the path of its file in the folder, or else where it was expected.
+
+    Of two files of one name the one in the upper folder is meant, then that of the extension first in EXTENSIONS.
+    Raises AnnotationError when the folder cannot be listed or holds no video.
+    """
+    found, seen = [], set()
+    try:
+        os.scandir(folder).close()      # os.walk says nothing when it cannot list
     except OSError as error:
         raise AnnotationError(f"{folder}: cannot be listed ({error}); give --videos the folder of the videos") from error
+    for root, folders, names in os.walk(folder, followlinks=True):      # large data sets are often linked together
+        if os.path.realpath(root) in seen:      # in a circle
+            names, folders[:] = [], []
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(root, folder)
+        found += [os.path.normpath(f"{below}/{name}") for name in names
+                  if stem(name) != name and not name.startswith(".")]
     if not found:
         raise AnnotationError(f"{folder}: no video files ({', '.join(EXTENSIONS)}); give --videos the folder of the videos")
-    return found
+    files = {}
+    for path in sorted(found, key=lambda p: (p.count("/"), EXTENSIONS.index(os.path.splitext(p)[1].lower()), p)):
+        for key in (path, stem(path), os.path.basename(path), bare(path)):
+            files.setdefault(key, os.path.join(folder, path))
+
+    def find(video: str) -> str:
+        path = PurePosixPath(video)
+        parts = path.parts[-1:] if path.is_absolute() or ".." in path.parts else path.parts     # never out of the folder
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        expected = os.path.join(folder, path.name if bare(video) != path.name else path.name + EXTENSIONS[0])
+        return next((files[key] for end in ends for key in (end, stem(end)) if key in files), expected)
+
+    return find
 
 
 def pick(samples: list, index: int, seed: int, make):
@@ -92,14 +276,63 @@ def pick(samples: list, index: int, seed: int, make):
     any number of processes. Where make raises VideoError, a substitute drawn from (seed, index, attempt) takes its
     place and the error is returned too.
 
-    Returns (sample, made, errors). Raises the last VideoError when ten samples in a row have no readable video.
+    Returns (sample, made, errors). Raises the last VideoError when a hundred samples in a row have no readable video.
     """
     epoch, position = divmod(index, len(samples))
     place, errors = np.random.default_rng([seed, epoch]).permutation(len(samples))[position], []
-    for attempt in range(1, 11):
+    for attempt in range(1, 101):
         try:
             return samples[place], make(samples[place]), errors
         except VideoError as error:
             errors.append(error)
             place = np.random.default_rng([seed, index, attempt]).integers(len(samples))
     raise errors[-1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the counts of an annotation file as one json object, and in words what is wrong with it; returns the exit
+    code: 2 when no sample is left."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", help=KNOWN)
+    parser.add_argument("--videos", help="folder of the video files: look each one up and decode it, which takes a while")
+    args = parser.parse_args(argv)
+    try:
+        samples, rejected = read(args.file, args.videos)
+    except AnnotationError as error:
+        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    import rewards      # here only: whoever reads samples needs no tagger
+    name, sentences, _ = parse(args.file)
+    report = {"format": name, "records": sentences, "samples": len(samples),
+              "rejected": Counter(item.reason for item in rejected), "clipped": sum(sample.clipped for sample in samples),
+              "without_verb": sum(not verbs for verbs in rewards.verbs_of([sample.query for sample in samples]))}
+    notes = [f"{args.file}: {name}, {sentences} records, {len(samples)} samples",
+             f"{report['clipped']} clipped to the end of their video",
+             f"{report['without_verb']} without a verb, so for TVG only"]
+    notes += [f"{count} rejected: {reason}; the first: {next(item for item in rejected if item.reason == reason)}"
+              for reason, count in report["rejected"].items()]
+    if args.videos is not None:
+        for kind, bad in zip(("missing", "undecodable"), check_videos(samples)):
+            report[kind] = len(bad)
+            notes += [f"{len(bad)} videos {kind}", *(f"  {bad[path]}" for path in list(bad)[:5])]
+    print("\n".join(notes), file=sys.stderr)
+    print(json.dumps(report))
+    return 0
+
+
+def check_videos(samples: list[Sample]) -> tuple[dict[str, str], dict[str, str]]:
+    """path -> what is wrong: the videos that are missing, and those that cannot be decoded or do not hold their part."""
+    missing, undecodable, load = {}, {}, Loader()
+    videos = dict.fromkeys((sample.video, sample.video_start, sample.video_end) for sample in samples)
+    for path, start, end in tqdm(videos, desc="decoding", dynamic_ncols=True):
+        try:
+            clip = load(path, start=start, end=end)
+            if end is not None and clip.duration < end - start - OVERSHOOT:
+                raise VideoError(f"{path}: has only {clip.duration:.1f} s of its part from {start:g} to {end:g} s")
+        except VideoError as error:
+            (undecodable if os.path.exists(path) else missing)[path] = str(error)
+    return missing, undecodable
+
+
+if __name__ == "__main__":
+    sys.exit(main())

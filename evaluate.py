@@ -1,16 +1,30 @@
 """R1@m and mIoU of temporal grounding, and the accuracy of VC, AR and VD, on an annotation file.
 
     python evaluate.py --model DIR --annotations test.txt --videos DIR --output runs/x/test
-    python evaluate.py ... --blind          the same with every frame grey: what the queries alone give away
+    torchrun --nproc_per_node=8 evaluate.py ...     the same numbers on eight GPUs
+    python evaluate.py ... --blind                  with every frame grey: what the queries alone give away
+    python evaluate.py --predictions FILE --annotations test.txt        scores answers, whoever gave them; no model
 
-R1@m is the share of queries whose answer has IoU >= m, mIoU the mean IoU. An answer that cannot be parsed and a video
-that cannot be read count with IoU 0, and are counted. VC, AR and VD are judged by the rewards of training (Eq. 5-7).
-Writes config.json, predictions.jsonl (a line a query and task, with the completion) and scores.json to --output.
+R1@m is the share of queries whose answer has IoU >= m (R1>m: IoU > m, as Time-R1 counts), mIoU the mean IoU. An answer that
+cannot be parsed and a video that cannot be read count with IoU 0, and are counted. "..._95" is a 95 % interval. Of a query
+with several windows (QVHighlights) each is a sample; best_window_... has one value a query, that of its best window.
+VC, AR and VD are judged by the rewards of training (Eq. 5-7).
+
+Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to --output.
+Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again, on any number of
+processes, goes on from there. Of a finished evaluation it only computes the scores again: delete the folder to repeat it.
+Another config is refused; answers of a model or an annotation file that has changed since are thrown away.
+
+A line of a --predictions file tells the query and the answer, or an "error" (failed, IoU 0); predictions.jsonl is one:
+    {"id": "AO8RW:1", "start": 0.4, "end": 6.5}     an id as data.py gives it, or "qid": 9769 of QVHighlights
+    {"video": "AO8RW", "query": "a person is putting a book on a shelf.", "completion": "<answer>0.4 to 6.5</answer>"}
 """
 import json
+import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,108 +38,266 @@ import model
 import rewards
 import tasks
 import video
+from launch import flag
 
 
 @dataclass
 class Config:
-    model: str = field(metadata={"help": "Hugging Face folder of a Qwen2.5-VL"})
-    annotations: str = field(metadata={"help": "Charades-STA text file"})
-    videos: str = field(metadata={"help": "folder of the video files"})
-    output: str = field(metadata={"help": "folder for predictions and scores"})
-    tasks: list[str] = field(default_factory=lambda: list(tasks.TASKS), metadata={"help": "what to evaluate"})
-    steps: int = field(default=0, metadata={"help": "batches a task, 0 for all"})
-    batch_size: int = field(default=16, metadata={"help": "queries at once"})
-    temperature: float = field(default=0.0, metadata={"help": "0 decodes greedily, 1 samples as training does"})
-    seed: int = field(default=0, metadata={"help": "of the sampling, when temperature is above 0"})
-    max_tokens: int = field(default=1024, metadata={"help": "longest completion"})
-    total_pixels: int = field(default=video.TOTAL_PIXELS, metadata={"help": "pixels of all frames of a video"})
-    blind: bool = field(default=False, metadata={"help": "show grey frames instead of the video"})
+    annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
+    model: str = flag("", "Hugging Face folder of a Qwen2.5-VL")
+    videos: str = flag("", "folder of the video files; --predictions needs none")
+    output: str = flag("", "folder for predictions and scores; with --predictions, empty only prints the scores")
+    predictions: str = flag("", "JSON lines of answers to score, instead of a model's")
+    tasks: list[str] = flag(list(tasks.TASKS), "what to evaluate")
+    steps: int = flag(0, "batches a task, 0 for all")
+    batch_size: int = flag(16, "queries at once on a process")
+    temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
+    seed: int = flag(0, "of the sampling, when temperature is above 0")
+    max_tokens: int = flag(1024, "longest completion")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
+    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
+    video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
+    blind: bool = flag(False, "show grey frames instead of the video")
 
 
-def main(config: Config) -> dict[str, float]:
+def main(config: Config) -> dict[str, float | list[float]]:
     """Evaluate and return the scores, which are also in scores.json."""
-    rank, world, device = launch.start_process()
-    unknown = sorted(set(config.tasks) - set(tasks.TASKS))
-    if unknown or not config.tasks:
-        raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.TASKS)}")
-    samples, rejected = data.read(config.annotations, config.videos)
-    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    load = partial(video.load, total_pixels=config.total_pixels)
-    output, rows = Path(config.output), []
-    for name in config.tasks:
-        task = tasks.TASKS[name]
-        pool = tasks.with_verb(samples) if task.segment else samples
-        batches = [pool[i:i + config.batch_size] for i in range(0, len(pool), config.batch_size)]
-        batches = batches[:config.steps or None]
-        mine = []
-        for number in tqdm(range(rank, len(batches), world), desc=name, disable=rank > 0, dynamic_ncols=True):
-            mine += answer(config, policy, encoder, task, batches[number], number * config.batch_size,
-                           lambda path: load(path).grey() if config.blind else load(path))
-        rows += launch.gather(mine)
-    scores = summarise(rows)
+    check(config)
+    samples, rejected = data.read(config.annotations, config.videos or None)
+    scores = score_predictions(config.predictions, samples) if config.predictions else summarise(predict(config, samples))
     scores["rejected"] = len(rejected)
-    if rank == 0:
-        launch.write_config(config, output)
-        launch.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        launch.write_whole(output / "scores.json", json.dumps(scores, indent=2) + "\n")
+    if config.output and os.environ.get("RANK", "0") == "0":
+        launch.write_config(config, config.output)
+        launch.write_whole(Path(config.output) / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
 
-def answer(config: Config, policy, encoder, task: tasks.Task, batch: list, first: int, load: Callable) -> list[dict]:
-    """A prediction row for each sample of a batch; `first` is the number of the first, for its random numbers."""
-    rows, prompts, generators = [], [], []
-    for number, sample in enumerate(batch, first):
-        row = {"id": sample.id, "task": task.name, "video": sample.video, "query": sample.query}
-        try:
-            prompts.append(tasks.prepare(sample, task, encoder, load))
-            generators.append(torch.Generator().manual_seed(config.seed * 1_000_003 + number))
-        except video.VideoError as error:
-            row["error"] = str(error)
-        rows.append(row)
-    texts = iter(())
-    if prompts:
-        rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids,
-                                generators if config.temperature > 0 else None, config.temperature or 1.0)
-        texts = iter(encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0]))
-    for row, sample in zip(rows, batch):
-        text = "" if "error" in row else next(texts)
-        parts = task.reward(text, sample).parts
-        row.update({"completion": text, **parts})
-        if task.name == "TVG":
-            span = rewards.span(text)
-            row.update({"start": span[0], "end": span[1]} if span else {"start": None, "end": None})
+def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
+    """The prediction rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
+    rank, world, device = launch.start_process()
+    output, work = Path(config.output), []                  # work: (task, number of the batch's first sample, samples)
+    for task in map(tasks.TASKS.get, config.tasks):
+        pool = tasks.with_verb(samples) if task.segment else samples
+        firsts = range(0, len(pool), config.batch_size)[:config.steps or None]
+        work += [(task, first, pool[first:first + config.batch_size]) for first in firsts]
+    key = lambda row: (row["task"], row["id"])
+    done = launch.gather([answered(config)] if rank == 0 else [])[0]        # the first process reads for all
+    rows, new = {key(row): row for row in done}, []
+    # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
+    todo = [(task, first, batch) for task, first, batch in work if any((task.name, s.id) not in rows for s in batch)]
+    if todo:
+        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
+        see = (lambda *part, **parts: load(*part, **parts).grey()) if config.blind else load
+        if rank == 0 and not done:
+            for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
+                old.unlink(missing_ok=True)
+            launch.write_whole(output / "inputs.json", json.dumps(inputs(config)) + "\n")
+            launch.write_config(config, output)
+        launch.gather([rank])                               # nobody writes an answer before its config is written
+        mine = todo[rank::world]
+        prepare = lambda task, _, batch: [attempt(sample, task, encoder, see) for sample in batch]
+        with ThreadPoolExecutor(1) as background, open(output / f"predictions.rank{rank}.jsonl", "a") as part:
+            upcoming = [background.submit(prepare, *item) for item in mine[:1]]
+            for number, item in enumerate(tqdm(mine, desc="evaluate", disable=rank > 0, dynamic_ncols=True), 1):
+                prompts = upcoming.pop().result()
+                upcoming = [background.submit(prepare, *after) for after in mine[number:number + 1]]
+                answers = answer(config, policy, encoder, *item, prompts)   # meanwhile the next batch is decoded
+                part.write("\n" + "".join(json.dumps(row) + "\n" for row in answers))     # ends a torn line before it
+                part.flush()
+                new += answers
+    rows.update((key(row), row) for row in launch.gather(new))
+    rows = [rows[task.name, sample.id] for task, _, batch in work for sample in batch]
+    if rank == 0:
+        launch.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for part in output.glob("predictions.rank*.jsonl"):
+            part.unlink()
     return rows
 
 
-def summarise(rows: list[dict]) -> dict[str, float]:
-    """Prediction rows -> mIoU, R1@0.3/0.5/0.7, VC, AR, VD accuracy, and counts of what went wrong."""
-    scores = {}
-    iou = np.array([row["iou"] for row in rows if row["task"] == "TVG"])
-    if len(iou):
-        scores.update({"queries": len(iou), "mIoU": float(iou.mean())},
-                      **{f"R1@{m}": float((iou >= m).mean()) for m in (0.3, 0.5, 0.7)})
-        scores["unparsable"] = sum(row["task"] == "TVG" and row["start"] is None for row in rows)
+def check(config: Config) -> None:
+    """Raise ValueError, naming the flag, for a config that cannot work, or with which --output was not begun."""
+    if bool(config.predictions) == bool(config.model) or config.model and not (config.videos and config.output):
+        raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers to score")
+    if not config.tasks or set(config.tasks) - set(tasks.TASKS) or config.batch_size < 1:
+        raise ValueError(f"--tasks {' '.join(config.tasks)} --batch_size {config.batch_size}: choose tasks from "
+                         f"{' '.join(tasks.TASKS)}, and at least 1 query at once")
+    path = Path(config.output) / "config.json"
+    if config.output and path.exists():
+        old = json.loads(path.read_text())
+        if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
+                     if name != "output" and old.get(name, "?") != value]:
+            raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")
+
+
+def inputs(config: Config) -> dict[str, list[int]]:
+    """Size and time of change of the files that all answers depend on: a model trained anew is another model."""
+    files = [Path(config.annotations), *sorted(path for path in Path(config.model).glob("*") if path.is_file())]
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+
+
+def answered(config: Config) -> list[dict]:
+    """The rows that an earlier run left in --output; none if it had another model or other annotations. A line that is no
+    row, torn by a kill, is left out, and so answered again."""
+    output, rows = Path(config.output), []
+    if not all((output / name).exists() for name in ("config.json", "inputs.json")):
+        return []
+    if json.loads((output / "inputs.json").read_text()) != inputs(config):
+        tqdm.write(f"{output}: the model or the annotations have changed, so its answers are thrown away")
+        return []
+    for path in sorted(output.glob("predictions*.jsonl")):
+        for line in path.read_text(errors="replace").split("\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def attempt(sample: data.Sample, task: tasks.Task, encoder, load: Callable) -> model.Prompt | video.VideoError:
+    try:
+        return tasks.prepare(sample, task, encoder, load)
+    except video.VideoError as error:
+        return error
+
+
+def answer(config: Config, policy, encoder, task: tasks.Task, first: int, batch: list, prompts: list) -> list[dict]:
+    """A prediction row for each sample of a batch; `first` is the number of the first, for its random numbers."""
+    readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, video.VideoError)]
+    texts = [""] * len(batch)
+    if readable:
+        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + first + i) for i in readable]
+        rollouts = grpo.rollout(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
+                                generators if config.temperature > 0 else None, config.temperature or 1.0)
+        for i, text in zip(readable, encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])):
+            texts[i] = text
+    rows = []
+    for sample, prompt, text in zip(batch, prompts, texts):
+        row = {"id": sample.id, "task": task.name, "video": sample.video, "query": sample.query}
+        if isinstance(prompt, video.VideoError):
+            row["error"] = str(prompt)
+        row.update({"completion": text, **task.reward(text, sample).parts})
+        if task.name == "TVG":
+            row.update(zip(("start", "end"), rewards.span(text) or (None, None)), truth=[sample.start, sample.end])
+        rows.append(row)
+    return rows
+
+
+def read_predictions(path: str) -> list[dict]:
+    """The TVG rows of a JSON-lines file, with start and end in seconds, or None where there is no answer.
+
+    Raises ValueError, which names the file and the line, for what is no prediction."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"task": "none"}
+            if row.get("task", "TVG") != "TVG":
+                continue
+            if not (row.keys() & {"id", "qid"} or {"video", "query"} <= row.keys()):
+                raise ValueError("neither id, nor qid, nor video and query")
+            if not (row.keys() & {"completion", "error"} or {"start", "end"} <= row.keys()):
+                raise ValueError("neither start and end, nor completion, nor error")
+            span = row.get("start"), row.get("end")
+            span = rewards.span(row.get("completion") or "") if None in span else tuple(map(float, span))
+            start, end = span if span and np.isfinite(span).all() and not row.get("error") else (None, None)
+            rows.append({**row, "start": start, "end": end})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: no prediction ({error}); mend or remove the line") from error
+    return rows
+
+
+def score_predictions(path: str, samples: list[data.Sample]) -> dict[str, float | list[float]]:
+    """Scores of a file of anybody's TVG answers. A row belongs to the sample with its id, else to the windows of its
+    qid, else to those with its video (folder and extension do not matter) and query (white space and case do not)."""
+    plain = lambda query: " ".join(str(query).split()).casefold()
+    bare = lambda path: re.sub(r"\.[A-Za-z]\w{1,3}$", "", Path(str(path)).name)      # but x_510.0 stays as it is
+    index = {}
+    for sample in samples:
+        for key in {sample.id, sample.id.rpartition(":")[0], (bare(sample.video), plain(sample.query))}:
+            index.setdefault(key, []).append(sample)
+
+    found, counts, rows = {}, {"missing": 0, "unmatched": 0, "duplicates": 0}, []
+    for row in read_predictions(path):
+        keys = [str(row[key]) for key in ("id", "qid") if key in row]
+        keys += [(bare(row["video"]), plain(row["query"]))] if {"video", "query"} <= row.keys() else []
+        said = {plain(row["query"])} if "query" in row else set()
+        # an id that stands for several queries, or for another query than the row says, tells nothing
+        of = next((index[key] for key in keys if key in index and
+                   len({plain(sample.query) for sample in index[key]} | said) == 1), [])
+        counts["unmatched"] += not of
+        counts["duplicates"] += any(sample.id in found for sample in of)            # the last one counts
+        found.update((sample.id, row) for sample in of)
+    counts["missing"] = len(samples) - len(found)
+    for sample in samples:
+        row, truth = found.get(sample.id, {"start": None, "error": "missing"}), (sample.start, sample.end)
+        rows.append({**row, "task": "TVG", "video": sample.video, "query": sample.query, "truth": truth,
+                     "iou": meets(row, truth)})
+    scores = summarise(rows)
+    counts["failed"] = scores.pop("unreadable") - counts["missing"]
+    return {**scores, **counts}
+
+
+def meets(row: dict, truth: tuple[float, float]) -> float:
+    """IoU of a row's answer, 0 if it has none."""
+    return 0.0 if row["start"] is None else rewards.iou((row["start"], row["end"]), truth)
+
+
+def summarise(rows: list[dict]) -> dict[str, float | list[float]]:
+    """Prediction rows -> mIoU and R1 with intervals, VC, AR, VD accuracy, and counts of what went wrong."""
+    scores, windows = {}, {}
+    tvg = [row for row in rows if row["task"] == "TVG"]
+    if tvg:
+        scores.update({"queries": len(tvg), **measure([row["iou"] for row in tvg], [row.get("video") for row in tvg])})
+        scores["unparsable"] = sum(row["start"] is None and not row.get("error") for row in tvg)
+        for row in tvg:
+            windows.setdefault((row.get("video"), row.get("query")), []).append(row)
+    if all("truth" in row for row in tvg) and len(windows) < len(tvg):      # one answer a query: that to its first window
+        best = [max(meets(of[0], row["truth"]) for row in of) for of in windows.values()]
+        scores["best_window_queries"] = len(best)
+        scores.update((f"best_window_{k}", v) for k, v in measure(best, [path for path, _ in windows]).items())
     for name in tasks.INVERSIONS:
-        right = [row[name.lower()] for row in rows if row["task"] == name]
-        if right:
+        if right := [row[name.lower()] for row in rows if row["task"] == name]:
             scores[name] = float(np.mean(right))
-    scores["unreadable"] = sum("error" in row for row in rows)
-    scores["format"] = float(np.mean([row["format"] for row in rows]))
+    scores["unreadable"] = sum(bool(row.get("error")) for row in rows)
+    if all("format" in row for row in rows):                # the answers of --predictions may be of any form
+        scores["format"] = float(np.mean([row["format"] for row in rows]))
     return scores
+
+
+def measure(ious: list[float], videos: list[str | None]) -> dict[str, float | list[float]]:
+    """mIoU, R1@m (IoU >= m) and R1>m (IoU > m), with 95 % intervals where the videos are known, and more than one."""
+    iou = np.array(ious)
+    values = {"mIoU": iou}
+    for m in (0.3, 0.5, 0.7):
+        values.update({f"R1@{m}": iou >= m, f"R1>{m}": iou > m})
+    scores = {name: float(value.mean()) for name, value in values.items()}
+    if None not in videos and len(set(videos)) > 1:
+        lows, highs = interval(np.stack(list(values.values()), axis=1), videos)
+        scores.update((f"{name}_95", [low, high]) for name, low, high in zip(values, lows.tolist(), highs.tolist()))
+    return scores
+
+
+def interval(values: np.ndarray, videos: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high), each (k,): 95 % intervals of the means of `values` (n, k), from a bootstrap over videos, since the queries
+    of one video share its difficulty."""
+    number = {path: i for i, path in enumerate(dict.fromkeys(videos))}
+    sums = np.zeros((len(number), values.shape[1] + 1))                                         # (videos, k + 1)
+    np.add.at(sums, [number[path] for path in videos], np.column_stack([values, np.ones(len(values))]))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))                # (2000, videos)
+    *totals, counts = (column[drawn].sum(1) for column in sums.T)                               # (2000,) each
+    return tuple(np.quantile(np.stack(totals) / counts, (0.025, 0.975), axis=1))
 
 
 def gain(before: list[dict], after: list[dict]) -> tuple[float, float, float]:
     """(mean, low, high): by how much the mean IoU rose from one list of TVG prediction rows to another of the same
-    queries, with its 95 % interval, from a bootstrap over videos (queries of one video share its difficulty)."""
+    queries, with its 95 % interval."""
     old = {row["id"]: row["iou"] for row in before}
-    by_video = {}
-    for row in after:
-        by_video.setdefault(row["video"], []).append(row["iou"] - old[row["id"]])
-    sums = np.array([(sum(rises), len(rises)) for rises in by_video.values()])              # (videos, 2)
-    draws = sums[np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))].sum(1)   # (2000, 2)
-    low, high = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975))
-    return float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high)
+    rises = np.array([row["iou"] - old[row["id"]] for row in after])
+    low, high = interval(rises[:, None], [row["video"] for row in after])
+    return float(rises.mean()), float(low[0]), float(high[0])
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, lambda config: print(json.dumps(main(config))), __doc__)
+    say = print if os.environ.get("RANK", "0") == "0" else str      # under torchrun one process prints
+    launch.command_line(Config, lambda config: say(json.dumps(main(config))), __doc__)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -170,8 +171,11 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     if kind != "qwen2_5_vl":
         raise ModelError(f"{folder}: model_type is {kind!r}, not 'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                              attn_implementation="sdpa").to(device)
+    try:
+        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                                  attn_implementation="sdpa").to(device)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:

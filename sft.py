@@ -15,7 +15,6 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from launch import flag
 @dataclass
 class Config:
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
-    annotations: str = flag(MISSING, "annotation file")
+    annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     videos: str = flag(MISSING, "folder of the video files")
     output: str = flag(MISSING, "folder for logs and the model")
     demonstrations: str = flag("", "JSON lines of id, task, completion; empty: VD with the query as answer")
@@ -44,7 +43,10 @@ class Config:
     per_pass: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
-    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
+    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
+    video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
 
 
 def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[data.Sample, tasks.Task, str]]:
@@ -74,7 +76,8 @@ def main(config: Config) -> None:
     policy, encoder = model.load(config.model)
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    load, output = partial(video.load, total_pixels=config.total_pixels), Path(config.output)
+    load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
+    output = Path(config.output)
 
     def make(row: tuple) -> tuple[model.Prompt, torch.Tensor]:
         sample, task, text = row
@@ -86,7 +89,7 @@ def main(config: Config) -> None:
         (output / "metrics.jsonl").write_text("")
         tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected")
         for item in rejected:
-            tqdm.write(f"rejected {item.place}: {item.reason}")
+            tqdm.write(f"rejected {item}")
 
     def prepare(step: int) -> list:
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)

@@ -67,11 +67,11 @@ def with_verb(samples: list[Sample]) -> list[Sample]:
 
 
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
-    """What the model sees of a sample: load(path) gives its clip, an inversion task gets the segment of it.
+    """What the model sees of a sample: load(path, start, end) gives the clip, an inversion task gets the segment of it.
 
     Raises VideoError when the video cannot be read.
     """
-    clip = load(sample.video)
+    clip = load(sample.video, sample.video_start, sample.video_end)
     if task.segment:
         clip = clip.cut(sample.start, sample.end)
     return encoder.encode(task.prompt(sample), clip)

@@ -1,10 +1,18 @@
 """Scores by hand, and the evaluation of a tiny model on real files, broken ones among them."""
 import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import data
 import evaluate
+import model
+from test_train import torchrun
 
 
 def row(task, **parts):
@@ -66,3 +74,172 @@ def test_unknown_task_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="--tasks XX"):
         evaluate.main(config(folder, tmp_path / "out", tasks=["XX"]))
     assert not Path(tmp_path / "out").exists()
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, batches):
+    """evaluate.answer answers so many batches, then the run ends; returns the numbers of samples that it was asked for."""
+    answer, asked = evaluate.answer, []
+
+    def limited(config, policy, encoder, task, first, batch, prompts):
+        if len(asked) == batches:
+            raise Stop
+        asked.append(len(batch))
+        return answer(config, policy, encoder, task, first, batch, prompts)
+
+    monkeypatch.setattr(evaluate, "answer", limited)
+    return asked
+
+
+def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, monkeypatch):
+    flags = dict(tasks=["TVG", "AR"], batch_size=2, temperature=1.0)
+    settings = lambda name: replace(config(folder, tmp_path / name, **flags), model=str(warm))
+    whole = evaluate.main(settings("one"))
+    text = (tmp_path / "one" / "predictions.jsonl").read_text()
+    order = [s.id for s in data.read(str(folder / "test.txt"), str(folder / "videos"))[0]]
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["id"] for row in rows] == order * 2 and len({row["completion"] for row in rows}) > 1
+    batches = 2 * -(-len(order) // 2)
+
+    # killed in its third batch, with a torn last line; another process had answered the second batch
+    killed = tmp_path / "two"
+    asked = stop_after(monkeypatch, 1)
+    with pytest.raises(Stop):
+        evaluate.main(settings("two"))
+    monkeypatch.undo()
+    assert asked == [2] and not (killed / "predictions.jsonl").exists() and not (killed / "scores.json").exists()
+    part = killed / "predictions.rank0.jsonl"
+    done = [json.loads(line) for line in part.read_text().splitlines() if line]
+    part.write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in done) + json.dumps(rows[4])[:40])
+    (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in rows[2:4]))
+
+    torchrun("evaluate.py", 2, settings("two"))
+    resumed = [json.loads(line) for line in (killed / "predictions.jsonl").read_text().splitlines()]
+    assert [i for i, row in enumerate(resumed) if row.pop("kept", None)] == [0, 1, 2, 3] and resumed == rows
+    assert json.loads((killed / "scores.json").read_text()) == whole
+    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "inputs.json", "predictions.jsonl", "scores.json"]
+
+    # finished: neither model nor videos are touched; half finished by two: one goes on
+    asked = stop_after(monkeypatch, 0)
+    assert evaluate.main(settings("two")) == whole and not asked
+    monkeypatch.undo()
+    (killed / "predictions.jsonl").unlink()
+    lines = text.splitlines(keepends=True)
+    (killed / "predictions.rank0.jsonl").write_text("".join(lines[:4]))
+    (killed / "predictions.rank1.jsonl").write_text("".join(lines[6:]) + lines[4])      # one of the batch [4, 5]
+    asked = stop_after(monkeypatch, batches)
+    assert evaluate.main(settings("two")) == whole and asked == [2]
+    assert (killed / "predictions.jsonl").read_text() == text
+
+
+def test_another_config_is_refused_and_another_model_starts_anew(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = replace(config(folder, tmp_path / "out", tasks=["TVG"]), model=str(tmp_path / "model"))
+    first = evaluate.main(settings)
+    text = (tmp_path / "out" / "predictions.jsonl").read_text()
+    with pytest.raises(ValueError, match="holds a run with --max_tokens 10; "):
+        evaluate.main(replace(settings, max_tokens=3))
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == text
+    asked = stop_after(monkeypatch, 99)
+    assert evaluate.main(settings) == first and not asked
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = {name: -value for name, value in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+    evaluate.main(settings)
+    assert sum(asked) == first["queries"] and (tmp_path / "out" / "predictions.jsonl").read_text() != text
+
+
+LINES = ("A 0.0 10.0##person sits.\nA 10.0 20.0##person eats.\nB.x_1.0 0.0 10.0##Person  runs.\nC 0.0 4.0##person naps.\n"
+         "D 0.0 4.0##person eats.\nE 0.0 4.0##person eats.\n")
+
+
+def score(tmp_path, *rows, annotations=LINES):
+    (tmp_path / "a.txt").write_text(annotations)
+    (tmp_path / "p.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return evaluate.main(evaluate.Config(annotations=str(tmp_path / "a.txt"), predictions=str(tmp_path / "p.jsonl")))
+
+
+def test_anybody_s_predictions(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("a model was loaded"))
+    scores = score(
+        tmp_path,
+        {"id": "A:1", "start": 0, "end": 1}, {"id": "A:1", "start": 0.0, "end": "7"},      # the last: IoU 0.7
+        {"id": "17", "video": "videos/A.mp4", "query": "person  EATS. ", "completion": "<think>10 to 12</think> from 10 to 15"},
+        "", {"video": "B.x_1.0", "query": "person runs.", "start": 0, "end": 3, "task": "TVG"},     # IoU 0.3
+        {"id": "C:4", "completion": "I do not know"}, {"id": "D:5", "error": "out of memory", "start": 0, "end": 4},
+        {"id": "A:2", "query": "person sits.", "start": 0, "end": 9},                      # the id of another file
+        {"id": "A", "start": 0, "end": 9}, {"video": "Z", "query": "person sits.", "start": 0, "end": 9},
+        {"id": "A:1", "task": "VC", "completion": "x"})
+    assert scores["queries"] == 6 and scores["mIoU"] == pytest.approx((0.7 + 0.5 + 0.3) / 6)
+    assert [scores[f"R1@{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
+    assert [scores[f"R1>{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([2 / 6, 1 / 6, 0])
+    assert [scores[k] for k in ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected")] == [1, 1, 1, 3, 1, 0]
+    assert not any("best_window" in key for key in scores)
+    assert scores["mIoU_95"][0] < scores["mIoU"] < scores["mIoU_95"][1] and scores["R1@0.7_95"][0] == 0
+
+
+def test_interval_by_hand(tmp_path):
+    """Two videos, all queries of one right, of the other wrong: a quarter of the draws is all wrong, a quarter all right.
+    One video says nothing of others."""
+    assert "mIoU_95" not in score(tmp_path, {"id": "A:1", "start": 0, "end": 4}, annotations="A 0.0 4.0##x\nA 1.0 4.0##y\n")
+    lines = "".join(f"{'AB'[i // 20]} 0.0 4.0##query {i}\n" for i in range(40))
+    rows = [{"id": f"{'AB'[i // 20]}:{i + 1}", "start": 0, "end": 4 if i < 20 else 0} for i in range(40)]
+    assert score(tmp_path, *rows, annotations=lines)["mIoU_95"] == [0, 1]
+    each = "".join(f"{i} 0.0 4.0##query\n" for i in range(400))                            # of its own video: binomial
+    scores = score(tmp_path, *({"video": str(i), "query": "query", "start": 0, "end": 4 * (i % 2)} for i in range(400)),
+                   annotations=each)
+    assert scores["R1@0.5_95"] == pytest.approx([0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.005)
+
+
+@pytest.mark.parametrize("key", ["qid", "id", "video", "windows"])
+def test_best_window(tmp_path, key):
+    """QVHighlights: query 7 has windows 0-10 and 20-30, query 8 one of 0-10."""
+    annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": f"v_{qid}.0_210.0", "duration": 150,
+                                        "relevant_windows": windows}) for qid, windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
+    names = {"qid": lambda qid: {"qid": qid}, "id": lambda qid: {"id": str(qid)},
+             "video": lambda qid: {"video": f"v_{qid}.0_210.0", "query": f"query {qid}"}}
+    rows = [{**names[key](7), "start": 20, "end": 30}, {**names[key](8), "start": 0, "end": 6}] if key != "windows" else \
+        [{"id": "7:0", "start": 20, "end": 30}, {"id": "7:1", "start": 0, "end": 1}, {"id": "8:0", "start": 0, "end": 6}]
+    scores = score(tmp_path, *rows, annotations=annotations)
+    assert scores["queries"] == 3 and scores["missing"] == scores["unmatched"] == scores["duplicates"] == 0
+    assert scores["mIoU"] == pytest.approx((0 + (1.0 if key != "windows" else 0.0) + 0.6) / 3)
+    assert scores["best_window_queries"] == 2 and scores["best_window_mIoU"] == pytest.approx((1.0 + 0.6) / 2)
+    assert scores["best_window_R1@0.7"] == 0.5 and scores["best_window_mIoU_95"] == pytest.approx([0.6, 1.0])
+
+
+def test_own_predictions_score_the_same(folder, warm, tmp_path):
+    settings = replace(config(folder, tmp_path / "own", tasks=["TVG", "AR"]), model=str(warm), max_tokens=64)
+    own = evaluate.main(settings)
+    again = evaluate.main(evaluate.Config(annotations=settings.annotations, output=str(tmp_path / "again"),
+                                          predictions=str(tmp_path / "own" / "predictions.jsonl")))
+    shared = {"queries", "mIoU", "mIoU_95", "R1@0.3", "R1@0.5_95", "R1>0.7", "unparsable"}
+    assert {k: own[k] for k in shared} == {k: again[k] for k in shared} and again["missing"] == again["failed"] == 0
+    assert json.loads((tmp_path / "again" / "scores.json").read_text()) == again
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"id": "A:1", "start": 0', "no prediction"), ("[1]", "no prediction"), ('{"start": 0, "end": 1}', "neither id"),
+    ('{"id": "A:1"}', "neither start"), ('{"id": "A:1", "start": "x", "end": 1}', "could not convert"),
+    ('{"id": "A:1", "completion": [1]}', "no prediction"), ('{"query": "q", "start": 1, "end": 2}', "neither id")])
+def test_a_broken_line_is_named(tmp_path, line, words):
+    with pytest.raises(ValueError, match=f"p.jsonl:2: .*{words}"):
+        score(tmp_path, {"id": "A:1", "start": 0, "end": 1}, line)
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(model="m"), dict(model="m", predictions="p"), dict(model="m", videos="v")])
+def test_flags_that_do_not_belong_together(flags):
+    with pytest.raises(ValueError, match="--model, with --videos and --output, or --predictions"):
+        evaluate.main(evaluate.Config(annotations="a.txt", **flags))
+
+
+def test_command_line_prints_the_scores_or_one_line(tmp_path):
+    run = lambda: subprocess.run([sys.executable, evaluate.__file__, "--annotations", str(tmp_path / "a.txt"),
+                                  "--predictions", str(tmp_path / "p.jsonl")], capture_output=True, text=True, timeout=60)
+    scores = score(tmp_path, {"id": "A:1", "start": 0, "end": 10})
+    assert json.loads(run().stdout) == scores
+    (tmp_path / "p.jsonl").unlink()
+    done = run()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "p.jsonl" in done.stderr and not done.stdout

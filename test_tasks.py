@@ -1,6 +1,5 @@
 """The draw, the masks, the prompts, and what each task sees."""
 from collections import Counter
-from functools import partial
 
 import pytest
 
@@ -27,13 +26,13 @@ def test_draw_depends_on_seed_and_step_only():
 
 @pytest.mark.parametrize("query, masked", [
     ("a person opens the door and walks away.", "a person [] the door and [] away."),
-    ("Person closed the   door", "Person []  the door".replace("  the", " the  ")),
+    ("Person closed the door", "Person [] the door"),
     ("the red circle spins.", "the red circle []."),
     ("a person is undressing.", "a person is []."),
     ("the sky over there", "the sky over there"),
 ])
 def test_mask_hides_every_verb_and_nothing_else(query, masked):
-    assert tasks.mask_verbs(query).split() == masked.split()
+    assert tasks.mask_verbs(query) == masked
 
 
 def test_prompts():
@@ -54,7 +53,8 @@ def test_queries_without_verb_are_not_for_inversion():
 def test_inversion_sees_the_segment_only(folder, tiny):
     path = next((folder / "videos").glob("train*.mp4"))
     sample = Sample("x:1", str(path), "the red circle spins.", 2.0, 5.0, None)
-    load = partial(video.load)
-    grids = {name: tasks.prepare(sample, task, tiny[1], load).grid.tolist() for name, task in tasks.TASKS.items()}
+    part = Sample("x:2", str(path), "the red circle spins.", 2.0, 5.0, 6.0, video_start=1.0, video_end=7.0)
+    assert tasks.prepare(part, tasks.TASKS["TVG"], tiny[1], video.load).grid[0] == 6      # only the part that is meant
+    grids = {name: tasks.prepare(sample, task, tiny[1], video.load).grid.tolist() for name, task in tasks.TASKS.items()}
     assert grids["TVG"][0] == len(video.load(path).frames) // 2
     assert grids["VC"] == grids["AR"] == grids["VD"] == [3, 2, 2]

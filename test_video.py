@@ -3,41 +3,51 @@
     python -m pytest test_video.py
 """
 
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_count, frame_size, frame_times, load
+import video
+from video import MIN_PIXELS, TOTAL_PIXELS, Clip, Loader, VideoError, frame_count, frame_size, frame_times, load
 
 STEP = 3   # grey levels between one frame and the next: frame i is shown as brightness 20 + 3 * i
 
 
-def write(path, times, size=(28, 28), clock=1000, **options):
-    """Write a video: frame i appears at times[i] seconds, the end is times[-1], its brightness is 20 + STEP * i."""
+def write(path, times, size=(28, 28), clock=1000, codec="libx264", pix_fmt=None, step=STEP, image=None, encoder={}, **options):
+    """Write a video: frame i appears at times[i] seconds, the end is times[-1], its brightness is 20 + step * i."""
     ticks = [round(clock * time) for time in times]
     length = dict(zip(ticks, np.diff(ticks).tolist()))
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("libx264", rate=min(clock, 30), options={"crf": "1", "g": "12"})   # g: key frames
+        stream = container.add_stream(codec, rate=min(clock, 30), options={"crf": "1", "g": "12", **encoder})   # g: key frames
         stream.height, stream.width = size
-        stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p")
         stream.codec_context.time_base = stream.time_base = Fraction(1, clock)
         for i, tick in enumerate([*ticks[:-1], None]):   # None empties the encoder
             frame = None
             if tick is not None:
-                frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 20 + STEP * i, np.uint8), format="rgb24")
+                pixels = np.full((*size, 3), 20 + step * i, np.uint8) if image is None else image
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 frame.pts, frame.time_base = tick, Fraction(1, clock)
             for packet in stream.encode(frame):
-                packet.duration = length[packet.pts]
+                packet.duration = length.get(packet.pts, 1)
                 container.mux(packet)
     return path
 
 
-def shown(clip):
+def shown(clip, step=STEP):
     """Which frames of the file a clip holds."""
-    return ((clip.frames.double().mean((1, 2, 3)) - 20) / STEP).round().int().tolist()
+    return ((clip.frames.double().mean((1, 2, 3)) - 20) / step).round().int().tolist()
 
 
 def constant(fps, seconds):
@@ -136,13 +146,14 @@ def test_formats_that_decord_misreads_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("times, last, expected", [
-    ([0, 0.5, 1], 1.5, ([0, 0.5, 1], 1.5, True)),
-    ([2, 2.5, 3], 3.5, ([0, 0.5, 1], 1.5, True)),              # the file's clock starts late
-    ([-0.5, 0, 0.5], 1, ([-0.5, 0, 0.5], 1, True)),            # a frame that no player shows
-    ([-3e17] * 3, -3e17, ([0, 0.25, 0.5], 0.75, False)),       # garbage: index / rate
-    ([0, np.nan, 1], 1.5, ([0, 0.25, 0.5], 0.75, False)),
-    ([0, 1, 0.5], 1.5, ([0, 0.25, 0.5], 0.75, False)),
-    ([0, 0, 0], 0, ([0, 0.25, 0.5], 0.75, False)),
+    ([0, 0.5, 1], 1.5, ([0, 0.5, 1], 1.5)),
+    ([2, 2.5, 3], 3.5, ([0, 0.5, 1], 1.5)),              # the file's clock starts late
+    ([-0.5, 0, 0.5], 1, ([0, 0.5], 1)),                  # hidden by an edit list
+    ([-3e17] * 3, -3e17, ([0, 0.25, 0.5], 0.75)),        # garbage: index / rate
+    ([-1.5, -1, -0.5], 0, ([0, 0.25, 0.5], 0.75)),
+    ([0, np.nan, 1], 1.5, ([0, 0.25, 0.5], 0.75)),
+    ([0, 1, 0.5], 1.5, ([0, 0.25, 0.5], 0.75)),
+    ([0, 0, 0], 0, ([0, 0.25, 0.5], 0.75)),
 ])
 def test_timestamps_are_used_if_they_make_sense(times, last, expected):
     class Reader:
@@ -150,8 +161,59 @@ def test_timestamps_are_used_if_they_make_sense(times, last, expected):
         get_avg_fps = lambda self: 4.0   # noqa: E731
         get_frame_timestamp = lambda self, index: np.float32([*zip(times, [*times[1:], last])])   # noqa: E731
 
-    found, duration, trusted = frame_times(Reader())
-    assert (found.tolist(), duration, trusted) == expected
+    found, duration = frame_times(Reader())
+    assert (found.tolist(), duration) == expected
+
+
+def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
+    path = write(tmp_path / "a.mp4", np.arange(-2, 41) / 4)   # its muxer hides the frames before 0
+    with av.open(str(path)) as file:
+        assert round((next(file.decode(video=0)).to_ndarray(format="rgb24").mean() - 20) / STEP) == 2
+    clip = load(path)
+    assert clip.duration == 10 and shown(clip) == list(range(2, 42, 2))
+    assert shown(load(path, start=5.0)) == list(range(22, 42, 2))
+
+
+CODECS = [("a.mp4", "libsvtav1", "yuv420p", {}), ("a.mkv", "libsvtav1", "yuv420p10le", {}), ("a.mp4", "libx264", "yuv420p10le", {}),
+          ("a.mp4", "libx265", "yuv420p10le", {}), ("a.mkv", "libx265", "yuv420p", {}), ("a.webm", "libvpx-vp9", "yuv420p", {}),
+          ("a.mp4", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"}), ("a.avi", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"})]
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt, encoder", CODECS)
+def test_frames_are_right_in_every_codec(tmp_path, name, codec, pix_fmt, encoder):
+    if codec not in av.codecs_available:
+        pytest.skip(f"no encoder {codec}")
+    quiet = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "10"}}.get(codec, {})
+    path = write(tmp_path / name, constant(4, 10), (64, 64), 4, codec, pix_fmt, 6, encoder={**encoder, **quiet})
+    assert shown(load(path), 6) == list(range(0, 40, 2))   # even ones: AV1 in 10 bits blurs each odd frame into the one before
+    assert shown(load(path, fps=1), 6) == list(range(0, 40, 4))
+    assert shown(load(path, fps=0.4), 6) == [0, 10, 20, 30]   # across key frames
+    assert shown(load(path, start=5.0, end=9.0), 6) == list(range(20, 36, 2))
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 96, 144, 30, 45, 100])   # of the first six decord pads the rows
+def test_narrow_and_odd_widths(tmp_path, width):
+    image = np.zeros((64, width, 3), np.uint8)
+    image[:, width // 2:] = 200
+    clip = load(write(tmp_path / "a.mp4", constant(4, 1), (64, width), image=image))
+    middle = clip.frames[..., 28, :].double()
+    assert middle[..., :clip.frames.shape[-1] // 4].mean() < 20 and middle[..., -clip.frames.shape[-1] // 4:].mean() > 180
+
+
+@pytest.mark.parametrize("matrix, corners", [((0, 1, -1, 0), "CADB"), ((-1, 0, 0, -1), "DCBA"), ((0, -1, 1, 0), "BDAC")])
+def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
+    grey = {"A": 20, "B": 90, "C": 160, "D": 230}   # A B over C D
+    image = np.kron([[20, 90], [160, 230]], np.ones((56, 84)))[..., None].repeat(3, -1).astype(np.uint8)
+    path = write(tmp_path / "a.mp4", constant(4, 2), image.shape[:2], image=image)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40   # the display matrix of the track header
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place:place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frame = load(path).frames[0, 0].int()
+    assert frame.shape == ((112, 168) if corners == "DCBA" else (168, 112))
+    for corner, (y, x) in zip(corners, [(5, 5), (5, -5), (-5, 5), (-5, -5)]):
+        assert abs(frame[y, x] - grey[corner]) < 5
 
 
 @pytest.mark.parametrize("name, fps, seconds", [("a.mp4", 9.5329, 7.5), ("a.mkv", 12.5, 5.1), ("a.mp4", 29.97, 2.4)])
@@ -226,3 +288,124 @@ def test_bad_files_raise_one_line_that_names_them(tmp_path, kind):
     with pytest.raises(VideoError) as error:
         load(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="a.mp4: is not a regular file"):
+        load(tmp_path / "a.mp4")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("toy") / "a.mp4", constant(4, 16))
+
+
+@pytest.fixture(scope="module")
+def loader():
+    loader = Loader(limit=20.0)
+    yield loader
+    loader.close()
+
+
+def same(clip, other):
+    return clip.fps == other.fps and clip.frames.equal(other.frames)
+
+
+def test_loader_gives_what_load_gives(toy, loader, tmp_path):
+    assert same(loader(toy), load(toy)) and shown(loader(toy)) == list(range(0, 64, 2))
+    worker = loader.worker.pid
+    assert same(loader(toy, start=10.0, end=15.0), load(toy, start=10.0, end=15.0))
+    assert same(loader(write(tmp_path / "b.mp4", constant(7.3, 9), (120, 160))), load(tmp_path / "b.mp4"))
+    for kind in ("missing", "truncated"):
+        path = broken(tmp_path, kind)
+        with pytest.raises(VideoError) as expected:
+            load(path)
+        with pytest.raises(VideoError) as error:
+            loader(path)
+        assert str(error.value) == str(expected.value)
+    assert same(loader(toy), load(toy)) and loader.worker.pid == worker   # a broken file costs no worker
+
+
+def test_threads_take_turns(toy, loader):
+    results = []
+    threads = [threading.Thread(target=lambda s=s: results.append(shown(loader(toy, start=s)) == [*range(4 * s, 64, 2)]))
+               for s in range(6)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert results == [True] * 6
+
+
+def test_a_hang_ends_at_the_limit_and_the_next_file_loads(toy):
+    loader = Loader(limit=0.5)
+    assert loader(toy).fps == 2
+    worker, began = loader.worker, time.perf_counter()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(VideoError, match="a.mp4: not decoded within 0.5 s") as error:
+        loader(toy)
+    assert time.perf_counter() - began < 3 and "\n" not in str(error.value)
+    assert worker.returncode == -signal.SIGKILL
+    assert shown(loader(toy)) == list(range(0, 64, 2)) and loader.worker.pid != worker.pid
+    loader.close()
+
+
+def test_a_crash_is_an_error_and_the_next_file_loads(toy, loader):
+    for number in (signal.SIGSEGV, signal.SIGABRT):
+        loader(toy)
+        worker = loader.worker.pid
+        os.kill(worker, signal.SIGSTOP)   # so that the crash happens while the request is on its way
+        threading.Timer(0.1, lambda: (os.kill(worker, number), os.kill(worker, signal.SIGCONT))).start()
+        with pytest.raises(VideoError, match=f"a.mp4: crashed the decoder .exit code -{number.value}.") as error:
+            loader(toy)
+        assert "\n" not in str(error.value) and same(loader(toy), load(toy))
+
+
+def test_the_worker_ends_with_its_parent_and_needs_no_main_guard(toy, tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(f"import sys, time\nsys.path.insert(0, {str(Path(video.__file__).parent)!r})\nfrom video import Loader\n"
+                      f"loader = Loader()\nloader({str(toy)!r})\nprint(loader.worker.pid, flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+            state = Path(f"/proc/{worker}/stat")
+            if state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z":   # ended, nobody has asked
+                return
+        except (ProcessLookupError, FileNotFoundError):
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_a_cached_clip_is_the_same_and_needs_no_worker(toy, tmp_path, loader):
+    first = Loader(cache=tmp_path / "cache")
+    first.worker, first.pid, first.stream = loader.worker, loader.pid, getattr(loader, "stream", None)   # saves a start
+    clips = [first(toy), first(toy, start=3.0, end=9.0)]
+    first.worker = None
+    second = Loader(cache=tmp_path / "cache")
+    assert same(second(toy), clips[0]) and same(second(str(toy), 3.0, 9.0), clips[1]) and second.worker is None
+    second(toy).frames.add_(1)   # writable, and nobody else's
+    assert same(second(toy), clips[0])
+
+
+def test_what_changes_the_frames_changes_the_entry(toy, tmp_path, monkeypatch):
+    path, asked = tmp_path / "a.mp4", []
+    path.write_bytes(toy.read_bytes())
+    monkeypatch.setattr(Loader, "ask", lambda self, request: asked.append(request) or counted(4))
+    make = lambda **options: Loader(cache=tmp_path / "cache", **options)   # noqa: E731
+    make()(path), make()(path)
+    assert len(asked) == 1
+    for options in ({"fps": 1.0}, {"total_pixels": 1000}, {"min_pixels": 784}, {"max_frames": 8}):
+        make(**options)(path)
+    make()(path, start=1.0), make()(path, end=9.0)
+    assert len(asked) == 7
+    os.utime(path, ns=(0, 1))
+    make()(path)
+    path.write_bytes(toy.read_bytes() + b"\0")
+    os.utime(path, ns=(0, 1))   # the same time, another size
+    make()(path)
+    monkeypatch.setattr(video, "DECODER", "another")
+    make()(path)
+    assert len(asked) == 10

@@ -204,7 +204,7 @@ def main(config: Config) -> dict[str, dict]:
     launch.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)
     write_world(world, seed=config.seed, train_videos=60 if small else 1000, test_videos=20 if small else 300)
-    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"))
+    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"), cache=str(world / "cache"))
     start = world / "model"
     if config.warm_start:
         print(f"2. taking the warm start from {config.warm_start}", flush=True)

@@ -38,7 +38,7 @@ from launch import flag
 @dataclass
 class Config:
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
-    annotations: str = flag(MISSING, "annotation file")
+    annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     videos: str = flag(MISSING, "folder of the video files")
     output: str = flag(MISSING, "folder for logs and models")
     steps: int = flag(1000, "optimizer steps; the paper's two epochs of Charades-STA in batches of 4 are 6,204")
@@ -58,6 +58,9 @@ class Config:
     max_tokens: int = flag(1024, "longest completion; the authors' value")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
+    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
+    video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
     save_every: int = flag(0, "also save the model every so many steps, 0 for only at the end")
 
 
@@ -91,14 +94,14 @@ def main(config: Config) -> None:
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0)
-    load = partial(video.load, total_pixels=config.total_pixels)
+    load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
     output = Path(config.output)
     if rank == 0:
         launch.write_config(config, output)
         without = f", {len(samples) - len(invertible)} without a verb" if config.tvg_prob < 1 else ""
         tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}; {world} process(es) on {device}")
         for item in rejected:
-            tqdm.write(f"rejected {item.place}: {item.reason}")
+            tqdm.write(f"rejected {item}")
 
     def prepare(step: int):
         """The step's task, and (index, sample, prompt, errors) of this process's share: every world-th prompt."""

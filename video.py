@@ -12,9 +12,18 @@ The rules are those of Qwen2.5-VL (even number of frames, sides that are multipl
 
     clip = load("video.mp4")                 # clip.frames (T, 3, H, W), clip.fps, clip.duration
     segment = clip.cut(start=3.5, end=9.0)   # what an inversion task sees
+    loader = Loader(cache="frames")          # loader("video.mp4") is the same clip, decoded in a process of its own,
+                                             # which may hang or crash, and kept on disk for the next time
 """
 
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +32,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cache import Cache
+
 FACTOR = 28                      # pixels: patches of 14 x 14, merged 2 x 2
 TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
 MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
 MAX_FRAMES = 768
 EPSILON = 1e-3                   # seconds; decord's timestamps are float32
 CHUNK = 16                       # frames at full size in memory
+OPTIONS = {"fps": 2.0, "total_pixels": TOTAL_PIXELS, "min_pixels": MIN_PIXELS, "max_frames": MAX_FRAMES}
+DECODER = f"decord {decord.__version__}, 1"   # part of a cached clip's name; count up when `load` gives other frames
 MISREAD = (".ts", ".mts", ".m2ts", ".wmv", ".asf")   # decord silently gives other frames than those asked for
 
 decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
@@ -87,18 +100,20 @@ def frame_size(height, width, frames, total_pixels=TOTAL_PIXELS, min_pixels=MIN_
     return h, w
 
 
-def load(path, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_frames=MAX_FRAMES, start=None, end=None):
+def load(path, start=None, end=None, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_frames=MAX_FRAMES):
     """Decode a video file, or its part from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
 
+    Frames are upright: decord applies the rotation that phones write into a file.
     Raises VideoError: file missing, not a video, or broken where it has to be decoded; part outside the video.
     """
     if not Path(path).is_file():
-        raise VideoError(f"{path}: {'is a folder, not a video' if Path(path).is_dir() else 'no such video file'}")
+        kind = "is not a regular file" if Path(path).exists() else "no such video file; check the path and the id"
+        raise VideoError(f"{path}: {kind}")
     if Path(path).suffix.lower() in MISREAD:
         raise VideoError(f"{path}: decord misreads this format; convert it with ffmpeg -i {Path(path).name} video.mp4")
     try:   # fault_tol: more than 4 frames replaced by their neighbours count as a broken file
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=4)
-        times, duration, trusted = frame_times(reader)
+        times, duration = frame_times(reader)
         begin, stop = max(start or 0.0, 0.0), duration if end is None else min(end, duration)
         if not begin < stop:
             raise VideoError(f"{path}: lasts {duration:.2f} s, so it has no part from {start} to {end} s")
@@ -106,7 +121,7 @@ def load(path, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_fr
         n = frame_count(stop - begin, available, fps, max_frames)
         index = on_display(times, begin + np.arange(n) * (stop - begin) / n)   # (n,)
         frames = []
-        for batch in decode(reader, index, trusted):   # (<= CHUNK, 3, H, W)
+        for batch in decode(reader, index):   # (<= CHUNK, 3, H, W)
             size = frame_size(*batch.shape[-2:], n, total_pixels, min_pixels)
             if batch.shape[-2:] != size:   # on uint8, as the Qwen2.5-VL processor: rounded and clamped
                 batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True)
@@ -115,19 +130,22 @@ def load(path, fps=2.0, total_pixels=TOTAL_PIXELS, min_pixels=MIN_PIXELS, max_fr
         cause = (str(error).splitlines() or ["?"])[0].split(": ")[-1]
         raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
                          "get it again or re-encode it with ffmpeg") from error
-    return Clip(torch.cat(frames).contiguous(), n / (stop - begin))
+    return Clip(torch.cat(frames).contiguous(), float(n / (stop - begin)))
 
 
 def frame_times(reader):
-    """When frames appear, (N,) seconds; the duration, seconds; False if the file does not say so and its rate does."""
+    """When the frames that decoding gives appear, (N,) seconds from the first one; and the duration, seconds.
+
+    Frames before time 0 are those that an edit list hides (a file cut without re-encoding keeps them from the key frame
+    before the cut): decord lists them but never gives them. Without usable timestamps the frame rate tells the times.
+    """
     spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)   # (N, 2): appears, goes
-    times, last = spans[:, 0], spans[-1, 1]
-    origin = max(times[0], 0.0)
-    if np.abs(spans).max() < 1e6 and (np.diff(times) >= 0).all() and last > origin:   # false for NaN, too
-        return times - origin, last - origin, True
+    times, last = spans[spans[:, 0] >= 0, 0], spans[-1, 1]
+    if np.abs(spans).max() < 1e6 and (np.diff(spans[:, 0]) >= 0).all() and len(times) and last > times[0]:   # not for NaN
+        return times - times[0], last - times[0]
     rate = reader.get_avg_fps()
     assert 0 < rate < 1e6, "neither timestamps nor a frame rate"
-    return np.arange(len(reader)) / rate, len(reader) / rate, False
+    return np.arange(len(reader)) / rate, len(reader) / rate
 
 
 def on_display(times, t):
@@ -135,16 +153,139 @@ def on_display(times, t):
     return np.maximum(np.searchsorted(times, t + EPSILON, side="right") - 1, 0)
 
 
-def decode(reader, index, seek):
+def decode(reader, index):
     """Yield the frames of a non-decreasing `index` in chunks, uint8 (<= CHUNK, 3, H, W).
 
-    Without usable timestamps (`seek` False) get_batch would seek to wrong frames: there, all are read in their order.
+    All frames are read in their order. decord's seeking (get_batch, reader[i], skip_frames) gives other frames than those
+    asked for in HEVC with open groups of pictures, MPEG-4 with B-frames, AVI, and files with an edit list; at 2 fps it
+    also saves nothing, since key frames are further apart. A part deep inside a long file does wait for what is before.
     """
-    position = -1
-    for k in range(0, len(index), CHUNK):
-        batch = reader.get_batch(index[k:k + CHUNK]).asnumpy() if seek else []   # (<= CHUNK, H, W, 3)
-        for i in () if seek else index[k:k + CHUNK]:
-            while position < i:
-                frame, position = reader.next(), position + 1
-            batch.append(frame.asnumpy())
-        yield torch.from_numpy(np.asarray(batch)).permute(0, 3, 1, 2)
+    position, chunk = -1, []
+    for k, i in enumerate(index, 1):
+        while position < i:
+            frame, position = reader.next(), position + 1
+            height, width, _ = frame.shape
+        rows = frame.asnumpy().reshape(height, -1)   # narrow frames come with padded rows, (H, W, 4 and more)
+        chunk.append(rows[:, :3 * width].reshape(height, width, 3))
+        if len(chunk) == CHUNK or k == len(index):
+            yield torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2)
+            chunk = []
+
+
+class Loader:
+    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in one worker process of the loader's own: a
+    decoder that hangs or crashes ends only that process and raises VideoError; the next call starts a new one.
+
+    The worker starts at the first call that needs it (a few seconds, to import torch) and ends with its parent, however
+    that ends. Several threads may call; they take turns. With `cache`, a folder, decoded clips are kept there.
+    """
+
+    def __init__(self, limit=60.0, cache="", cache_gb=50.0, **options):
+        """`limit`: seconds that decoding a file may take; `cache_gb`: size of the cache; `options`: as for `load`."""
+        self.limit, self.options = limit, dict(OPTIONS, **options)
+        self.cache = Cache(cache, cache_gb) if cache else None
+        self.worker, self.pid, self.lock = None, None, threading.Lock()
+
+    def __call__(self, path, start=None, end=None):
+        path = os.path.abspath(path)
+        request = {"path": path, "start": start, "end": end, **self.options}
+        key = None
+        if self.cache and os.path.isfile(path):
+            file = os.stat(path)
+            key = {**request, "bytes": file.st_size, "mtime_ns": file.st_mtime_ns, "decoder": DECODER}
+            entry = self.cache.get(key)
+            if entry:
+                return Clip(torch.from_numpy(entry[0]), entry[1]["fps"])
+        with self.lock:
+            clip = self.ask(request)
+        if key:
+            self.cache.put(key, clip.frames.numpy(), {"fps": clip.fps})
+        return clip
+
+    def ask(self, request):
+        """Have the worker decode, and read its answer: a line of json, then the bytes of the frames."""
+        if self.worker is None or self.pid != os.getpid():   # never share one with a fork
+            self.start()
+        cause = None
+        try:
+            self.stream.write(json.dumps({**request, "limit": self.limit}).encode() + b"\n")
+            self.stream.flush()
+            answer = json.loads(self.stream.readline())   # of an ended worker: empty, so a ValueError
+            if "error" in answer:
+                raise VideoError(answer["error"])
+            frames = torch.empty(answer["shape"], dtype=torch.uint8)
+            if self.stream.readinto(frames.numpy()) == frames.numel():
+                return Clip(frames, answer["fps"])
+        except VideoError:
+            raise
+        except TimeoutError:
+            cause = f"not decoded within {self.limit:g} s; re-encode it with ffmpeg, or allow more time"
+        except (OSError, ValueError):
+            pass
+        except BaseException:   # an interrupt: what is on the way must not answer the next request
+            self.close()
+            raise
+        code = self.close()
+        raise VideoError(f"{request['path']}: " + (cause or f"crashed the decoder (exit code {code}); "
+                                                   "get it again or re-encode it with ffmpeg"))
+
+    def start(self):
+        """Start this file as a script: so the caller's own main module is not imported again. Its standard output is
+        closed to it, since decoders print; it talks over a socket."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(theirs.fileno())],
+                                           pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                           stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
+        self.pid, self.stream = os.getpid(), ours.makefile("rwb")
+        with ours:   # the stream keeps it open
+            ours.settimeout(300)
+            try:
+                ready = self.stream.readline()
+            except TimeoutError:
+                ready = b""
+            ours.settimeout(self.limit)
+        if not ready:
+            raise ChildProcessError(f"the decoding process does not start (exit code {self.close()}): see its message "
+                                    f"above, or try {sys.executable} -c 'import video'")
+
+    def close(self):
+        """End the worker; returns its exit code, minus the signal's number if a signal ended it."""
+        worker, self.worker = self.worker, None
+        if worker is None or self.pid != os.getpid():
+            return None
+        try:
+            self.stream.close()
+        except OSError:   # unsent bytes
+            pass
+        try:
+            return worker.wait(0.2)   # it ended itself, or does so now that the stream is closed
+        except subprocess.TimeoutExpired:
+            worker.kill()
+        try:
+            return worker.wait(5)
+        except subprocess.TimeoutExpired:   # the kernel waits for a dead disk
+            return None
+
+    __del__ = close
+
+
+def serve(number):
+    """The worker: answers requests on socket `number` until its other end is closed."""
+    with socket.socket(fileno=number) as connection, connection.makefile("rb") as requests:
+        connection.sendall(b"ready\n")
+        for line in requests:
+            request = json.loads(line)
+            signal.setitimer(signal.ITIMER_REAL, request.pop("limit") + 5)   # ends this process if the caller no longer can
+            try:
+                clip = load(**request)
+            except VideoError as error:
+                connection.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+            else:
+                connection.sendall(json.dumps({"shape": clip.frames.shape, "fps": clip.fps}).encode() + b"\n")
+                connection.sendall(clip.frames.numpy())
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

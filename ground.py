@@ -1,0 +1,122 @@
+"""When does it happen? One video, one query or several.
+
+    python ground.py VIDEO "a person sits down" --model DIR
+    python ground.py VIDEO "a person sits down" "a person eats" --model DIR --png answer.png
+
+Prints for each query the answer in seconds, such as `12.54 to 17.83`, or `no answer`, then the query and what the model
+thought; --json prints a JSON object a query instead, which `evaluate.py --predictions` can score. The video is decoded once
+for all queries. --png draws its frames with their times, and the answers below.
+"""
+import json
+import re
+import sys
+from dataclasses import MISSING, dataclass
+from itertools import islice
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import grpo
+import launch
+import model
+import plot
+import rewards
+import tasks
+import video
+from data import Sample
+from launch import flag
+from video import TOTAL_PIXELS
+
+
+@dataclass
+class Config:
+    video: str = flag(MISSING, "video file")
+    queries: list[str] = flag(MISSING, "what to look for, a sentence a query")
+    model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
+    png: str = flag("", "picture to write: frames and answers on one time axis")
+    json: bool = flag(False, "print a JSON object a query")
+    batch_size: int = flag(16, "queries at once")
+    max_tokens: int = flag(1024, "longest completion")
+    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
+
+
+def main(config: Config) -> list[dict]:
+    """Print the answers, and return them: dicts of video, query, start and end (seconds or None), thought, completion."""
+    queries = [" ".join(query.split()) for query in config.queries]
+    if not all(queries):
+        raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to look for")
+    load = video.Loader(total_pixels=config.total_pixels)
+    clip = load(config.video)
+    load.close()
+    _, _, device = launch.start_process()
+    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    texts = []
+    for i in range(0, len(queries), config.batch_size):
+        prompts = [tasks.prepare(Sample(query, config.video, query, 0.0, clip.duration, clip.duration), tasks.TASKS["TVG"],
+                                 encoder, lambda *part, **parts: clip) for query in queries[i:i + config.batch_size]]
+        rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
+        texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
+    answers = []
+    for query, text in zip(queries, texts):
+        start, end = rewards.span(text) or (None, None)
+        thought = re.search("<think>(.*?)</think>", text, re.DOTALL)
+        answers.append({"video": config.video, "query": query, "start": start, "end": end,
+                        "thought": thought[1].strip() if thought else "", "completion": text})
+    for answer in answers:
+        print(json.dumps(answer) if config.json else tell(answer))
+    if config.png:
+        draw(clip, answers, config.png)
+    return answers
+
+
+def said(answer: dict) -> str:
+    return "no answer" if answer["start"] is None else f"{answer['start']:.2f} to {answer['end']:.2f}"
+
+
+def tell(answer: dict) -> str:
+    """The answer, and indented below it the query and the thought, or the whole text where there is no answer or thought."""
+    kind = "thought" if answer["thought"] and answer["start"] is not None else "completion"
+    return f"{said(answer)}\n    query: {answer['query']}\n    {kind}: {' '.join(answer[kind].split())}"
+
+
+def draw(clip: video.Clip, answers: list[dict], out_png: str) -> None:
+    """A strip of frames, each at its time, and below it a bar for each answer, on one time axis in seconds."""
+    frames, (total, _, h, w) = clip.frames, clip.frames.shape
+    n = min(max(round(11 * h / w), 8), 14, total)                   # the strip is about 11 times as wide as high
+    figure, axis = plt.subplots(figsize=(13, 2.2 + 0.55 * len(answers)), layout="constrained")
+    shown = [i * total // n for i in range(n + 1)]                  # the last is the end
+    for first, after in zip(shown, shown[1:]):
+        left, right = first / clip.fps, after / clip.fps - 0.003 * clip.duration
+        axis.imshow(frames[first].permute(1, 2, 0).numpy(), extent=(left, right, 0, 3), aspect="auto",
+                    interpolation="nearest" if h < 100 else None)
+        axis.text(left, 3.08, f"{left:.1f} s", fontsize=8, color="#444444")
+    colours = plt.get_cmap("tab10").colors
+    for i, answer in enumerate(answers):
+        y, colour = -1.1 - 1.3 * i, colours[i % len(colours)]
+        axis.text(0, y + 0.28, f"{answer['query']}   {said(answer)}", fontsize=9, va="bottom", parse_math=False)
+        axis.barh(y, clip.duration, 0.4, color="#EEEEEE")
+        if answer["start"] is not None:                             # an answer of no length is a thin line
+            left, right = np.clip((answer["start"], answer["end"]), 0, clip.duration)
+            axis.barh(y, max(right - left, 0.004 * clip.duration), 0.4, left, color=colour)
+            axis.vlines((left, right), y, 3, color=colour, linewidth=1.2)
+    axis.set(xlim=(0, clip.duration), ylim=(-1.5 - 1.3 * (len(answers) - 1), 3.6), yticks=[], xlabel="time (s)")
+    axis.spines["left"].set_visible(False)
+    plot.save(figure, out_png)
+
+
+def flags(words: list[str]) -> list[str]:
+    """VIDEO and the queries, wherever they stand among the flags, as the --video and --queries of Config."""
+    if "--video" in words:
+        return words
+    plain, rest, words = [], [], iter(words)
+    for word in words:
+        (rest if word.startswith("-") else plain).append(word)
+        if word.startswith("--") and "=" not in word and word not in ("--json", "--help"):
+            rest += islice(words, 1)                                # its value
+    return rest + ["--video"] * bool(plain) + plain[:1] + ["--queries"] * bool(plain[1:]) + plain[1:]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = flags(sys.argv[1:])
+    launch.command_line(Config, main, __doc__)
