@@ -82,15 +82,8 @@ def tell(answer: dict) -> str:
 
 def draw(clip: video.Clip, answers: list[dict], out_png: str) -> None:
     """A strip of frames, each at its time, and below it a bar for each answer, on one time axis in seconds."""
-    frames, (total, _, h, w) = clip.frames, clip.frames.shape
-    n = min(max(round(11 * h / w), 8), 14, total)                   # the strip is about 11 times as wide as high
     figure, axis = plt.subplots(figsize=(13, 2.2 + 0.55 * len(answers)), layout="constrained")
-    shown = [i * total // n for i in range(n + 1)]                  # the last is the end
-    for first, after in zip(shown, shown[1:]):
-        left, right = first / clip.fps, after / clip.fps - 0.003 * clip.duration
-        axis.imshow(frames[first].permute(1, 2, 0).numpy(), extent=(left, right, 0, 3), aspect="auto",
-                    interpolation="nearest" if h < 100 else None)
-        axis.text(left, 3.08, f"{left:.1f} s", fontsize=8, color="#444444")
+    plot.strip(axis, clip, ratio=10)
     colours = plt.get_cmap("tab10").colors
     for i, answer in enumerate(answers):
         y, colour = -1.1 - 1.3 * i, colours[i % len(colours)]
@@ -100,7 +93,7 @@ def draw(clip: video.Clip, answers: list[dict], out_png: str) -> None:
             left, right = np.clip((answer["start"], answer["end"]), 0, clip.duration)
             axis.barh(y, max(right - left, 0.004 * clip.duration), 0.4, left, color=colour)
             axis.vlines((left, right), y, 3, color=colour, linewidth=1.2)
-    axis.set(xlim=(0, clip.duration), ylim=(-1.5 - 1.3 * (len(answers) - 1), 3.6), yticks=[], xlabel="time (s)")
+    axis.set(xlim=(0, clip.duration), ylim=(-1.5 - 1.3 * (len(answers) - 1), 3.1), yticks=[], xlabel="time (s)")
     axis.spines["left"].set_visible(False)
     plot.save(figure, out_png)
 

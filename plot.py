@@ -83,13 +83,8 @@ def examples(rows, out_png):
     """
     figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.2 * len(rows)), squeeze=False, layout="constrained")
     for axis, row in zip(axes[:, 0], rows):
-        clip, (total, _, h, w) = row["clip"], row["clip"].frames.shape
-        n = min(max(round(13 * h / w), 10), 16, total)   # the strip is 13 times as wide as high
-        x, y = max(w - 13 * h // n, 0) // 2, max(h - w * n // 13, 0) // 2   # cut off at each side
-        for i in range(n):
-            frame = clip.frames[i * total // n, :, y:h - y, x:w - x].permute(1, 2, 0).numpy()   # (H', W', 3)
-            left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # shown at `left`, a gap at the right
-            axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
+        clip = row["clip"]
+        strip(axis, clip)
         bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
         heights = [-0.75 - 0.8 * i for i in range(len(bars))]
         for y, (name, span) in zip(heights, bars.items()):
@@ -104,6 +99,18 @@ def examples(rows, out_png):
         axis.spines["left"].set_visible(False)
     axes[-1, 0].set_xlabel("time (s)")
     save(figure, out_png)
+
+
+def strip(axis, clip, ratio=13):
+    """Draw 10 to 16 frames of a Clip between heights 0 and 3, each from its time on, on an axis that is `ratio` times as
+    wide as they are high; what does not fit a frame's place is cut off."""
+    total, _, h, w = clip.frames.shape
+    n = min(max(round(ratio * h / w), 10), 16, total)
+    x, y = max(w - ratio * h // n, 0) // 2, max(h - w * n // ratio, 0) // 2   # cut off at each side
+    for i in range(n):
+        frame = clip.frames[i * total // n, :, y:h - y, x:w - x].permute(1, 2, 0).numpy()   # (H', W', 3)
+        left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # a gap at the right
+        axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
 
 
 def save(figure, out_png):

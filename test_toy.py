@@ -70,7 +70,7 @@ def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
 
 
 def test_smoke_run(tmp_path):
-    rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=2, prompts_per_step=2))
+    rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=2, prompts_per_step=2, warm_steps=10))
     assert list(rows) == ["best fixed answer", "warm start, blind", "warm start", "GRPO, p = 0.8"]
     for picture in ("curves.png", "examples.png"):
         assert matplotlib.image.imread(tmp_path / "toy" / picture).std() > 0.05

@@ -100,7 +100,7 @@ def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):
     assert all(row["flat"] == 1 and row["grad_norm"] == 0 for row in rows(tmp_path / "flat" / "metrics.jsonl"))
 
 
-def test_broken_video_is_replaced_and_counted(folder, warm, tmp_path):
+def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path, capsys):
     files = tmp_path / "videos"
     files.mkdir()
     for number, path in enumerate(sorted((folder / "videos").iterdir())):
@@ -110,6 +110,8 @@ def test_broken_video_is_replaced_and_counted(folder, warm, tmp_path):
             (files / path.name).symlink_to(path)
     train.main(config(folder, tmp_path / "run", videos=str(files), steps=4))
     assert sum(row["bad_videos"] for row in rows(tmp_path / "run" / "metrics.jsonl")) > 0
+    named = [line for line in capsys.readouterr().out.splitlines() if "replaced by another sample" in line]
+    assert named and len(named) == len(set(named)) and all(str(files) in line for line in named)
 
 
 @pytest.mark.parametrize("flags, words", [

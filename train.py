@@ -199,10 +199,11 @@ def take_step(config: Config, policy, reference, optimizer, passes: list, rows: 
 @contextmanager
 def open_logs(output: Path, rank: int, group_size: int):
     """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
-    samples.jsonl, and the name of every video that had to be replaced; only the first process writes."""
+    samples.jsonl, and once the name of every video that had to be replaced; only the first process writes."""
     if rank > 0:
         yield lambda *_: None
         return
+    named = set()
     with open(output / "metrics.jsonl", "w") as metrics, open(output / "samples.jsonl", "w") as samples:
         def log(numbers: dict, rows: list[dict], seconds: float) -> None:
             bad = [error for row in rows for error in row.pop("bad_videos")]
@@ -213,8 +214,9 @@ def open_logs(output: Path, rank: int, group_size: int):
                 print(json.dumps({"step": numbers["step"], "task": numbers["task"], **row}), file=samples, flush=True)
             tqdm.write("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                                  for key, value in numbers.items()))
-            for error in bad:
+            for error in sorted(set(bad) - named):
                 tqdm.write(f"replaced by another sample: {error}")
+            named.update(bad)
         yield log
 
 
