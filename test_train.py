@@ -60,6 +60,15 @@ def test_two_processes_are_one(folder, warm, tmp_path):
     assert (change(after) - change(sharded)).norm() < 0.02 * change(after).norm()   # Adam enlarges tiny differences
 
 
+def test_same_seed_same_run(folder, warm, tmp_path):
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        train.main(config(folder, tmp_path / name, steps=2, seed=seed))
+    first, again, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("first", "again", "other"))
+    assert first == again != other
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_micro_batches_are_one_batch(folder, warm, tmp_path):
     for name, size in (("whole", 0), ("parts", 1)):
         train.main(config(folder, tmp_path / name, prompts_per_pass=size, steps=2))

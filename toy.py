@@ -213,7 +213,7 @@ def main(config: Config) -> dict[str, dict]:
         print("2. making a warm start: Invert-SFT and TVG, from the demonstrations of a careless teacher", flush=True)
         write_model(world / "random", world, config.seed)
         sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
-                            steps=min(config.warm_steps, 60 if small else config.warm_steps), learning_rate=1e-3,
+                            steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
                             demonstrations=str(world / "demonstrations.jsonl"), **common))
         shutil.copytree(world / "sft" / "model", start, dirs_exist_ok=True)
 
