@@ -90,8 +90,8 @@ def draw(clip: video.Clip, answers: list[dict], out_png: str) -> None:
         axis.text(0, y + 0.28, f"{answer['query']}   {said(answer)}", fontsize=9, va="bottom", parse_math=False)
         axis.barh(y, clip.duration, 0.4, color="#EEEEEE")
         if answer["start"] is not None:                             # an answer of no length is a thin line
-            left, right = np.clip((answer["start"], answer["end"]), 0, clip.duration)
-            axis.barh(y, max(right - left, 0.004 * clip.duration), 0.4, left, color=colour)
+            left, right = np.clip((answer["start"], answer["end"]), 0, (0.995 * clip.duration, clip.duration))
+            axis.barh(y, max(right - left, 0.005 * clip.duration), 0.4, left, color=colour)
             axis.vlines((left, right), y, 3, color=colour, linewidth=1.2)
     axis.set(xlim=(0, clip.duration), ylim=(-1.5 - 1.3 * (len(answers) - 1), 3.1), yticks=[], xlabel="time (s)")
     axis.spines["left"].set_visible(False)

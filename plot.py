@@ -91,8 +91,8 @@ def examples(rows, out_png):
             if span is None:
                 axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
             else:   # an answer of no length is a thin line
-                left, right = np.clip(span, 0, clip.duration)
-                axis.barh(y, max(right - left, 0.004 * clip.duration), 0.6, left, color=COLOURS.get(name))
+                left, right = np.clip(span, 0, (0.995 * clip.duration, clip.duration))   # beyond the end: at the end
+                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=COLOURS.get(name))
         scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
         axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
         axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
