@@ -188,13 +188,13 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
 class Config:
     output: str = flag("runs/toy", "where the world, the models and the pictures go")
     seed: int = flag(0, "of the world, the warm start and GRPO")
-    steps: int = flag(100, "GRPO steps; below 20, everything else is cut down as well")
+    steps: int = flag(80, "GRPO steps; below 20, everything else is cut down as well")
     tvg_prob: float = flag(0.8, "p of Eq. 13; 1 trains TVG alone")
     learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of a model of 3 billion weights")
     beta: float = flag(0.005, "weight of the KL term: little, since the reference is what is to be mended")
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
-    warm_steps: int = flag(1100, "SFT steps of a new warm start")
+    warm_steps: int = flag(800, "SFT steps of a new warm start")
 
 
 def main(config: Config) -> dict[str, dict]:
