@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,20 +77,22 @@ def main(config: Config) -> dict[str, float | list[float]]:
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     """The prediction rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
     rank, world, device = launch.start_process()
-    output, work = Path(config.output), []                  # work: (task, number of the batch's first sample, samples)
+    output, work, chosen = Path(config.output), [], []      # work: (task, [(number of the sample, sample)]), a batch each
     for task in map(tasks.TASKS.get, config.tasks):
-        pool = tasks.with_verb(samples) if task.segment else samples
-        firsts = range(0, len(pool), config.batch_size)[:config.steps or None]
-        work += [(task, first, pool[first:first + config.batch_size]) for first in firsts]
+        pool = list(enumerate(tasks.with_verb(samples) if task.segment else samples))
+        pool = pool[:config.steps * config.batch_size or None]
+        chosen += [(task.name, sample.id) for _, sample in pool]
+        pool = by_length(pool, task)
+        work += [(task, pool[i:i + config.batch_size]) for i in range(0, len(pool), config.batch_size)]
     key = lambda row: (row["task"], row["id"])
     done = launch.gather([answered(config)] if rank == 0 else [])[0]        # the first process reads for all
     rows, new = {key(row): row for row in done}, []
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
-    todo = [(task, first, batch) for task, first, batch in work if any((task.name, s.id) not in rows for s in batch)]
+    todo = [(task, batch) for task, batch in work if any((task.name, sample.id) not in rows for _, sample in batch)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
         load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
-        see = (lambda *part, **parts: load(*part, **parts).grey()) if config.blind else load
+        see = lru_cache(maxsize=1)(lambda *part: load(*part).grey() if config.blind else load(*part))
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
@@ -97,7 +100,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
             launch.write_config(config, output)
         launch.gather([rank])                               # nobody writes an answer before its config is written
         mine = todo[rank::world]
-        prepare = lambda task, _, batch: [attempt(sample, task, encoder, see) for sample in batch]
+        prepare = lambda task, batch: [attempt(sample, task, encoder, see) for _, sample in batch]
         with ThreadPoolExecutor(1) as background, open(output / f"predictions.rank{rank}.jsonl", "a") as part:
             upcoming = [background.submit(prepare, *item) for item in mine[:1]]
             for number, item in enumerate(tqdm(mine, desc="evaluate", disable=rank > 0, dynamic_ncols=True), 1):
@@ -108,12 +111,22 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
                 part.flush()
                 new += answers
     rows.update((key(row), row) for row in launch.gather(new))
-    rows = [rows[task.name, sample.id] for task, _, batch in work for sample in batch]
+    rows = [rows[name] for name in chosen]
     if rank == 0:
         launch.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for part in output.glob("predictions.rank*.jsonl"):
             part.unlink()
     return rows
+
+
+def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tuple[int, data.Sample]]:
+    """(number, sample) sorted by the seconds of video to be seen, longest first, so that a batch has prompts of about
+    one length and memory trouble shows at once. The queries of a video stay together: it is decoded and seen once."""
+    last = {}       # where the duration is unknown, a video is at least as long as its last segment
+    for _, sample in pool:
+        last[sample.video] = max(sample.duration or 0.0, sample.end, last.get(sample.video, 0.0))
+    seconds = lambda sample: sample.end - sample.start if task.segment else last[sample.video]
+    return sorted(pool, key=lambda item: (-seconds(item[1]), item[1].video, item[0]))
 
 
 def check(config: Config) -> None:
@@ -162,18 +175,18 @@ def attempt(sample: data.Sample, task: tasks.Task, encoder, load: Callable) -> m
         return error
 
 
-def answer(config: Config, policy, encoder, task: tasks.Task, first: int, batch: list, prompts: list) -> list[dict]:
-    """A prediction row for each sample of a batch; `first` is the number of the first, for its random numbers."""
+def answer(config: Config, policy, encoder, task: tasks.Task, batch: list, prompts: list) -> list[dict]:
+    """A prediction row for each (number, sample) of a batch; its random numbers follow from its number."""
     readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, video.VideoError)]
     texts = [""] * len(batch)
     if readable:
-        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + first + i) for i in readable]
+        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + batch[i][0]) for i in readable]
         rollouts = grpo.rollout(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
                                 generators if config.temperature > 0 else None, config.temperature or 1.0)
         for i, text in zip(readable, encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])):
             texts[i] = text
     rows = []
-    for sample, prompt, text in zip(batch, prompts, texts):
+    for (_, sample), prompt, text in zip(batch, prompts, texts):
         row = {"id": sample.id, "task": task.name, "video": sample.video, "query": sample.query}
         if isinstance(prompt, video.VideoError):
             row["error"] = str(prompt)
