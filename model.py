@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,13 @@ class Encoder:
                                            skip_special_tokens=True)
 
 
+def embed_patches(embed: nn.Module, patches: Tensor) -> Tensor:
+    """(N, 1176) -> (N, hidden size): transformers' 3-D convolution, as the matrix product that it is for patches that do
+    not overlap; many times faster on a CPU."""
+    weight = embed.proj.weight.flatten(1)                                                           # (hidden size, 1176)
+    return F.linear(patches.to(weight.dtype), weight)
+
+
 class Policy(nn.Module):
     """Qwen2.5-VL with the one forward pass that sampling and scoring share.
 
@@ -125,6 +133,10 @@ class Policy(nn.Module):
         super().__init__()
         self.qwen = qwen
         self.forbidden = forbidden
+        qwen.model.language_model.config._attn_implementation = attention.TEXT
+        qwen.model.visual.config._attn_implementation = attention.VISION
+        embed = qwen.model.visual.patch_embed
+        embed.forward = MethodType(embed_patches, embed)
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """(n, hidden size) -> logits (n, V) of the distribution that is sampled from and scored, at least fp32."""
@@ -188,8 +200,6 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
                                                                   attn_implementation="sdpa").to(device)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
-    qwen.model.language_model.config._attn_implementation = attention.TEXT
-    qwen.model.visual.config._attn_implementation = attention.VISION
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
