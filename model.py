@@ -179,7 +179,8 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
                                                                   attn_implementation="sdpa").to(device)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
+        raise ModelError(f"{folder}: its weights cannot be read ({error}); "
+                         "copy the *.safetensors files again") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
@@ -190,9 +191,8 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
 
 @cache      # the policy and the reference share its groups of processes
 def mesh() -> DeviceMesh:
-    """How the processes share a model. On one node: spread over all. On several nodes of several processes each: spread
-    within a node and repeated on every node, (replicate, shard), so that weights are gathered over fast links and
-    only gradients travel between nodes.
+    """Which processes share a model: all of them, or on several nodes of several processes each (replicate, shard):
+    those of a node share one, so that weights travel over its fast links and only gradients between nodes.
 
     Raises ValueError when the nodes differ in size."""
     world, device = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,10 +206,10 @@ def mesh() -> DeviceMesh:
 
 
 def shard(policy: Policy, compute: torch.dtype | None = None) -> Policy:
-    """Spread a policy's weights, gradients and optimizer states over the processes of `mesh` (FSDP2), each decoder layer,
-    the vision tower and the root a unit of its own, gathered only while it computes. Gradients are averaged over all
-    processes. Computes in `compute`, by default bf16 on GPUs and fp32 on CPUs; weights stay, and gradients are added up
-    and kept, in the precision they were loaded in. One CPU process stays as it is.
+    """Spread a policy's weights, gradients and optimizer states over the processes of `mesh` (FSDP2): each decoder
+    layer, the vision tower and the root is a unit of its own, gathered only while it computes. Gradients are averaged
+    over all processes. Computes in `compute`, by default bf16 on GPUs and fp32 on CPUs; weights and gradients keep the
+    precision that the policy was loaded in. One CPU process stays as it is.
 
     The policy comes on the CPU and reaches the GPU a unit at a time, so that none holds it whole in fp32."""
     if not dist.is_initialized():

@@ -19,6 +19,7 @@ import grpo
 import launch
 import model
 import rewards
+import tasks
 import train
 import video
 from video import Clip
@@ -30,7 +31,7 @@ rewards.spacy_model()                                   # and spaCy's model load
 
 
 def together(folder, processes, per_node, job, *args) -> list:
-    """What job(*args) returns in each of `processes` processes, in nodes of `per_node`, as torchrun would start them."""
+    """What job(*args) returns in each of `processes` processes, on nodes of `per_node`, as torchrun starts them."""
     folder.mkdir()
     children = [start.Process(target=child, args=(folder, rank, processes, per_node, job, args))
                 for rank in range(processes)]
@@ -63,27 +64,32 @@ def whole(tensor):
     return None if tensor is None else (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def train_recorded(settings) -> list[list]:
-    """Run train.main; returns the gradients of all weights at each step, as they were cut to --max_grad_norm."""
-    gradients = []
+def train_recorded(settings) -> tuple[list[list], list | None]:
+    """Run train.main; returns the gradients of all weights at each step, as they were cut to --max_grad_norm, and the
+    ranks that share a weight. Rewards depend on the texts, so that no group is flat."""
+    gradients, ranks = [], []
 
     class Recorder(torch.optim.AdamW):
         def __init__(self, weights, lr, **_):
             super().__init__(weights, lr=lr, eps=0.1)       # 1e-8 would make a full step of a rounding error
 
         def step(self):
-            gradients.append([whole(weight.grad) for group in self.param_groups for weight in group["params"]])
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            gradients.append([whole(weight.grad) for weight in weights])
+            ranks[:] = weights[0].device_mesh.mesh.tolist() if dist.is_initialized() else []
             super().step()
 
     here = lambda limit, cache, cache_gb, **options: partial(video.load, **options)     # no process to decode: faster
-    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", here):
+    task = replace(tasks.TASKS["TVG"], reward=lambda text, sample: rewards.Reward({"format": len(text) % 5 / 4}))
+    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", here), \
+            mock.patch.dict(tasks.TASKS, TVG=task):
         train.main(settings)
-    return gradients
+    return gradients, ranks
 
 
 @pytest.fixture(scope="module")
 def settings(folder, warm, tmp_path_factory):
-    """Two steps of four prompts, where the videos of every second prompt, so all of some processes, are broken."""
+    """Two steps of four prompts. The videos of every second prompt are broken: all that some processes pick first."""
     files = tmp_path_factory.mktemp("some_broken")
     settings = train.Config(
         model=str(warm), annotations=str(folder / "train.txt"), videos=str(files), output="", steps=2, seed=1,
@@ -104,12 +110,13 @@ def lines(folder, name):
 def alone(settings, tmp_path_factory):
     """(folder, gradients) of a run of one process."""
     output = tmp_path_factory.mktemp("alone")
-    gradients = train_recorded(replace(settings, output=str(output)))
-    shown, metrics = lines(output, "samples.jsonl"), lines(output, "metrics.jsonl")
-    frames = {len(video.load(f"{settings.videos}/{row['id'].split(':')[0]}.mp4").frames) for row in shown[:4]}
-    assert len(frames) > 1 and len({row["tokens"] for row in shown[:4]}) > 1            # prompts and rollouts differ
-    assert all(row["bad_videos"] >= 2 and row["grad_norm"] > settings.max_grad_norm for row in metrics)
-    assert len(gradients) == 2 and metrics[-1]["kl"] > 1e-4                             # the reference matters
+    gradients, _ = train_recorded(replace(settings, output=str(output)))
+    shown, metrics = lines(output, "samples.jsonl")[:4], lines(output, "metrics.jsonl")
+    frames = {len(video.load(f"{settings.videos}/{row['id'].split(':')[0]}.mp4").frames) for row in shown}
+    assert len(frames) > 1 and len({row["tokens"] for row in shown}) > 1                # prompts and rollouts differ
+    assert all(row["bad_videos"] >= 2 and row["flat"] == 0 for row in metrics)
+    assert all(row["grad_norm"] > settings.max_grad_norm for row in metrics)
+    assert len(gradients) == 2 and metrics[1]["kl"] > 1e-4                              # so the reference matters
     return output, gradients
 
 
@@ -118,7 +125,8 @@ def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, p
     """On one node in passes of a single prompt, whose gradients add up."""
     output, gradients = alone
     here = replace(settings, output=str(tmp_path / "run"), prompts_per_pass=per_pass)
-    for theirs in together(tmp_path / "job", processes, per_node, train_recorded, here):
+    for theirs, ranks in together(tmp_path / "job", processes, per_node, train_recorded, here):
+        assert ranks == ([0, 1] if processes == per_node else [[0, 1], [2, 3]])     # repeated on every node
         for ours, other in zip(gradients, theirs, strict=True):
             for a, b in zip(ours, other, strict=True):
                 assert (a - b).norm() <= 1e-4 * a.norm() + 1e-8
@@ -134,35 +142,36 @@ def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, p
 
 
 def step_by_hand(folder, compute=None, frozen=False, checkpointed=False) -> dict:
-    """A forward and backward pass over this process's share of four prompts of different lengths, whose completions
-    have from 1 to 9 tokens, and an AdamW step."""
+    """A step on this process's share of four prompts of different lengths, with completions of 1 to 9 tokens, and then
+    rollouts, of another length on each process, as they were sampled and scored."""
     rank, world, _ = launch.start_process()
     policy, encoder = model.load(str(folder / "model"))
     policy.qwen.model.visual.requires_grad_(not frozen)
     policy = model.shard(model.checkpoint_activations(policy) if checkpointed else policy, compute)
-    generator = torch.Generator().manual_seed(0)
+    random, share = torch.Generator().manual_seed(0), slice(rank, None, world)
+    sizes = {"when?": (4, 28, 56), "a red circle": (6, 56, 28), "it": (2, 28, 28), "who": (8, 28, 84)}
+    prompts = [encoder.encode(text, Clip(torch.randint(0, 256, (t, 3, h, w), dtype=torch.uint8, generator=random), 2.0))
+               for text, (t, h, w) in sizes.items()]
     lengths = torch.tensor([[9, 8], [1, 1], [5, 2], [3, 4]])
-    share, prompts = slice(rank, None, world), []
-    for text, (t, h, w) in zip(("when?", "describe", "a red circle", "what"), ((4, 28, 56), (6, 56, 28), (2, 28, 28), (8, 28, 84))):
-        frames = torch.randint(0, 256, (t, 3, h, w), dtype=torch.uint8, generator=generator)
-        prompts.append(encoder.encode(text, Clip(frames, 2.0)))
-    completions = torch.randint(20, 200, (4, 2, 9), generator=generator)
     mask = (torch.arange(9) < lengths[..., None]).long()                                    # (4, 2, 9)
-    weight = torch.randn(mask.shape, generator=generator)
+    completions = torch.randint(20, 200, mask.shape, generator=random)
+    weight = torch.randn(mask.shape, generator=random)
+
     logp = grpo.logprobs(policy, prompts[share], completions[share], mask[share])
     ((logp * weight[share]).sum() * world).backward()
-    gradients = {name: whole(value.grad) for name, value in policy.named_parameters()}
     trained = [value for value in policy.parameters() if value.requires_grad]
+    gradients = {name: whole(value.grad) for name, value in policy.named_parameters()}
     norm = launch.whole(torch.nn.utils.clip_grad_norm_(trained, 1.0))
     torch.optim.AdamW(trained, lr=1e-3).step()
+    weights = {name: whole(value.detach()) for name, value in policy.named_parameters()}
     model.gathered(policy, True)
-    sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], [torch.Generator().manual_seed(1)] * len(prompts[share]))
+    generators = [torch.Generator().manual_seed(1) for _ in prompts[share]]
+    sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], generators)
     model.gathered(policy, False)
     with torch.no_grad():
         scored = grpo.logprobs(policy, prompts[share], sampled.completions, sampled.mask)
-    return {"logp": logp.detach(), "gradients": gradients, "norm": norm,
-            "mismatch": (scored - sampled.logprobs).abs(), "dtypes": {value.dtype for value in policy.parameters()},
-            "weights": {name: whole(value.data) for name, value in policy.named_parameters()}}
+    return {"logp": logp.detach(), "gradients": gradients, "norm": norm, "weights": weights,
+            "mismatch": (scored - sampled.logprobs).abs()}
 
 
 @pytest.fixture(scope="module")
@@ -171,26 +180,31 @@ def by_hand(folder):
 
 
 def test_frozen_vision_tower_and_checkpointing(folder, by_hand, tmp_path):
-    untouched, _ = model.load(str(folder / "model"))
-    untouched = dict(untouched.named_parameters())
+    before = dict(model.load(str(folder / "model"))[0].named_parameters())
     for rank, theirs in enumerate(together(tmp_path / "job", 2, 2, step_by_hand, folder, None, True, True)):
         torch.testing.assert_close(theirs["logp"], by_hand["logp"][rank::2], rtol=0, atol=1e-5)
+        squares = 0.0
         for name, gradient in theirs["gradients"].items():
             if ".visual." in name:
-                assert gradient is None and torch.equal(theirs["weights"][name], untouched[name])
+                assert gradient is None and torch.equal(theirs["weights"][name], before[name])
             else:
-                assert (gradient - by_hand["gradients"][name]).norm() <= 1e-4 * gradient.norm() + 1e-8
-                assert not torch.equal(theirs["weights"][name], untouched[name])
-        squares = [gradient.square().sum() for gradient in theirs["gradients"].values() if gradient is not None]
-        assert theirs["norm"] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
+                expected = by_hand["gradients"][name]
+                assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-8
+                assert not torch.equal(theirs["weights"][name], before[name])
+                squares += expected.square().sum().item()
+        assert theirs["norm"] == pytest.approx(squares ** 0.5, rel=1e-4)
+        assert theirs["mismatch"].max() < 1e-4
 
 
 def test_bf16_compute_keeps_fp32_weights(folder, by_hand, tmp_path):
+    flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors.values()])
     for rank, theirs in enumerate(together(tmp_path / "job", 2, 2, step_by_hand, folder, torch.bfloat16)):
-        difference = (theirs["logp"] - by_hand["logp"][rank::2]).abs()
-        print("bf16", difference.mean(), difference.max(), theirs["mismatch"].mean(), theirs["mismatch"].max(), by_hand["mismatch"].max(), theirs["norm"], by_hand["norm"])
-        ours, other = (torch.cat([g.flatten() for g in result["gradients"].values()]) for result in (by_hand, theirs))
-        print(torch.cosine_similarity(ours, other, dim=0), (ours-other).norm()/ours.norm(), theirs["logp"].dtype, other.dtype)
+        assert 1e-4 < (theirs["logp"] - by_hand["logp"][rank::2]).abs().mean() < 0.02       # else it was no bf16
+        ours, other = flat(by_hand["gradients"]), flat(theirs["gradients"])
+        assert other.dtype == torch.float32 and (ours - other).norm() < 0.05 * ours.norm()
+        assert flat(theirs["weights"]).dtype == torch.float32
+        assert (flat(theirs["weights"]) != flat(theirs["weights"]).bfloat16()).float().mean() > 0.9
+        assert theirs["mismatch"].mean() < 0.02 and theirs["mismatch"].max() < 0.1
 
 
 def nodes_of_different_size() -> str:
@@ -202,7 +216,7 @@ def nodes_of_different_size() -> str:
 
 def test_nodes_of_different_size_are_an_error(tmp_path):
     first, second = together(tmp_path / "job", 2, 2, nodes_of_different_size)
-    assert first == second and "--nproc_per_node" in first and "\n" not in first
+    assert first == second and "--nproc_per_node" in first and "[1, 2]" in first
 
 
 def test_checkpointing_keeps_less(tiny, prompts):
@@ -219,5 +233,4 @@ def test_checkpointing_keeps_less(tiny, prompts):
         model.checkpoint_activations(policy)
     (plain, *expected), (checkpointed, *found) = results
     torch.testing.assert_close(found, expected)
-    print(plain, checkpointed)
     assert checkpointed < plain / 4
