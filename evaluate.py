@@ -55,10 +55,10 @@ class Config:
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     max_tokens: int = flag(1024, "longest completion")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     blind: bool = flag(False, "show grey frames instead of the video")
 
 

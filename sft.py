@@ -44,11 +44,11 @@ class Config:
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
-    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
 
 
 def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[data.Sample, tasks.Task, str]]:

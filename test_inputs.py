@@ -85,7 +85,7 @@ def test_every_number_is_in_the_table(script):
     assert {name for name, kind in fields.items() if kind in (int, float)} - known == set(" ".join(NUMBERS[script]).split())
 
 
-@pytest.mark.parametrize("script, name, value", numbers())
+@pytest.mark.parametrize("script, name, value", list(numbers()))
 def test_numbers(monkeypatch, capsys, wrong, script, name, value):
     flags = {**RIGHT[script], name: value}
     ends(monkeypatch, capsys, wrong, script, flags, f"--{name}")

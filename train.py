@@ -58,11 +58,11 @@ class Config:
     max_tokens: int = flag(1024, "longest completion; the authors' value")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
-    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     save_every: int = flag(0, "also save the model every so many steps, 0 for only at the end")
 
 
