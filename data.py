@@ -24,9 +24,9 @@ calls a file that is too short for its part undecodable.
 
 A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
 its reason, never silently dropped. A video is looked for in its folder and the subfolders: by id with any usual
-extension, by the annotated path, and by ever shorter ends of that path, down to the bare name. An annotation file may be
-anybody's: a path that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the
-file it names is taken if there is one, else the bare name is looked for in the folder. Links in the folder are followed.
+extension, by the annotated path, and by ever shorter ends of that path, down to the bare name. An annotation file may
+be anybody's: a path that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the
+file it names is taken if there is one, else the bare name is looked for in the folder. Links in it are followed.
 
     python data.py train.txt                     the linter: one json object of counts; a summary on standard error
     python data.py train.txt --videos videos/    also looks up and decodes every video
@@ -84,7 +84,7 @@ def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[li
     """Samples of an annotation file, their videos looked up in the folder `videos`, and what had to be rejected.
 
     A video that is not there stays a sample, with the path where it was expected; with `videos` None none is looked up.
-    Raises AnnotationError when the file or the folder cannot be read, no sample is left, or none of the videos is there.
+    Raises AnnotationError when the file or the folder cannot be read, no sample is left, or no video is there.
     """
     name, _, items = parse(path, allow_outside or videos is None)
     samples = [item for item in items if isinstance(item, Sample)]
@@ -96,8 +96,8 @@ def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[li
         find = finder(videos, allow_outside)
         samples = [replace(sample, video=find(sample.video)) for sample in samples]
         if not any(os.path.exists(sample.video) for sample in samples):     # the first one is, as a rule
-            raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video}; give --videos "
-                                  "the folder of the videos")
+            raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video}; give "
+                                  "--videos the folder of the videos")
     return samples, rejected
 
 
@@ -311,7 +311,7 @@ def pick(samples: list, index: int, seed: int, make):
 
 
 def pick_all(samples: list, indices: Iterable[int], seed: int, make, threads: int) -> list[tuple]:
-    """What `pick` returns for each of `indices`, in their order, several at a time; the same for any number of threads."""
+    """What `pick` returns for each of `indices`, in their order; it does not depend on the number of threads."""
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda index: pick(samples, index, seed, make), indices))
 

@@ -131,7 +131,8 @@ def check(config: Config) -> None:
         try:
             old = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: is not the config of a run ({error}); give another folder or delete it") from error
+            raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
+                from error
         if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
                      if name != "output" and old.get(name, "?") != value]:
             raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")

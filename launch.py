@@ -51,7 +51,7 @@ def check_numbers(config, *positive: str) -> None:
 
 
 def check_output(path: str | Path, flag: str = "--output") -> None:
-    """Raise ValueError, naming the flag, unless files can be made in the folder `path`, or in the nearest folder above it
+    """Raise ValueError, naming the flag, unless files can be made in the folder `path`, or in the nearest one above it
     that exists. Makes nothing that stays."""
     try:
         there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())

@@ -26,8 +26,8 @@ PANELS = [   # title, keys, label of the y axis, its upper end (None: the data's
 
 
 def read(path):
-    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts of a task and finite numbers; without a torn
-    last line."""
+    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts of a task and finite numbers; without a
+    torn last line."""
     path = Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the output folder of train.py")

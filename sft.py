@@ -80,8 +80,8 @@ def main(config: Config) -> None:
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     rows = read_demonstrations(config.demonstrations, samples)
     if not rows:
-        raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; give "
-                         "demonstrations of TVG, or other annotations")
+        raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
+                         "give demonstrations of TVG, or other annotations")
     policy, encoder = model.load(config.model)
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)

@@ -1,10 +1,10 @@
-"""Every wrong input of every script ends with one line that names the culprit, and exit code 2, before anything is loaded;
-and nothing that is read can run code."""
+"""Every wrong input of every script ends with one line that names the culprit, and exit code 2, before anything is
+loaded; and nothing that is read can run code."""
 import ast
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +32,11 @@ def wrong(tmp_path_factory):
             "ok.txt": "a 0 1##a person sits.\n", "silent.txt": "a 0 1##the table over there\n", "empty.txt": "",
             "prose.txt": "hello\n", "gone.txt": "b 0 1##a person sits.\n", "out.txt": "../a 0 1##a person sits.\n",
             "bytes": b"\xff\xfe\0", "videos/a.mp4": "no video", "none/notes.txt": "",
-            "config/config.json": '{"model_type": "qwen2_vl"}', "torn/config.json": '{"model_type"', "log.jsonl": "[1]\n{}\n",
+            "config/config.json": '{"model_type": "qwen2_vl"}', "torn/config.json": '{"model_type"',
+            "log.jsonl": "[1]\n{}\n",
             "used/config.json": "[1]", "unknown.jsonl": '{"id": "b:1", "task": "VD", "completion": "x"}\n',
-            "number.jsonl": '{"id": "a:1", "task": "VD", "completion": 3}\n', "deep.jsonl": "[" * 100_000 + "\n"}.items():
+            "number.jsonl": '{"id": "a:1", "task": "VD", "completion": 3}\n',
+            "deep.jsonl": "[" * 100_000 + "\n"}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
@@ -72,7 +74,8 @@ def numbers():
     for script, (positive, others) in NUMBERS.items():
         for name in (*positive.split(), *others.split()):
             whole = SCRIPTS[script].Config.__annotations__[name] is int
-            for value in ("0",) * (name in positive.split()) + ("-1", "x") + (("1.5", "1" + "0" * 30) if whole else ("nan", "inf")):
+            zero, odd = ("0",) * (name in positive.split()), ("1.5", "1" + "0" * 30) if whole else ("nan", "inf")
+            for value in (*zero, "-1", "x", *odd):
                 yield script, name, value
         for name in ("tvg_prob",) * ("tvg_prob" in others):
             yield script, name, "1.01"
@@ -82,7 +85,8 @@ def numbers():
 def test_every_number_is_in_the_table(script):
     fields = SCRIPTS[script].Config.__annotations__
     known = {"group_size", "prompts_per_step"} if script == "train" else {"batch_size"} if script == "sft" else set()
-    assert {name for name, kind in fields.items() if kind in (int, float)} - known == set(" ".join(NUMBERS[script]).split())
+    numbers = {name for name, kind in fields.items() if kind in (int, float)}
+    assert numbers - known == set(" ".join(NUMBERS[script]).split())
 
 
 @pytest.mark.parametrize("script, name, value", list(numbers()))
@@ -97,7 +101,8 @@ def test_numbers(monkeypatch, capsys, wrong, script, name, value):
     ({"model": "ok.txt"}, "ok.txt.*--model"), ({"annotations": "absent.txt"}, "absent.txt.*--annotations"),
     ({"annotations": "videos"}, "videos.*--annotations"), ({"annotations": "empty.txt"}, "empty.txt.*--annotations"),
     ({"annotations": "prose.txt"}, "prose.txt.*--annotations"), ({"annotations": "bytes"}, "bytes.*--annotations"),
-    ({"annotations": "/proc/self/mem"}, "/proc/self/mem.*--annotations"), ({"annotations": "out.txt"}, "out.txt:1.*leaves the folder.*--allow_outside"), ({"videos": "absent"}, "absent.*--videos"),
+    ({"annotations": "/proc/self/mem"}, "/proc/self/mem.*--annotations"),
+    ({"annotations": "out.txt"}, "out.txt:1.*leaves the folder.*--allow_outside"), ({"videos": "absent"}, "absent.*--videos"),
     ({"videos": "none"}, "none: no video files.*--videos"), ({"videos": "ok.txt"}, "ok.txt.*--videos"),
     ({"annotations": "gone.txt"}, "videos: has none of the videos of gone.txt.*b.mp4.*--videos"),
     ({"output": "ok.txt"}, "--output ok.txt"), ({"output": "ok.txt/deeper/still"}, "--output ok.txt/deeper/still"),
@@ -112,9 +117,11 @@ def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
 @pytest.mark.parametrize("script, flags, words", [
     ("train", {"tasks": "XX"}, "--tasks XX.*VC AR VD"), ("train", {"tasks": "TVG"}, "--tasks TVG"),
     ("train", {"group_size": "1"}, "--group_size 1"), ("train", {"group_size": "-3"}, "--group_size -3"),
-    ("train", {"prompts_per_step": "0"}, "--prompts_per_step 0"), ("train", {"prompts_per_step": "-4"}, "--prompts_per_step -4"),
+    ("train", {"prompts_per_step": "0"}, "--prompts_per_step 0"),
+    ("train", {"prompts_per_step": "-4"}, "--prompts_per_step -4"),
     ("train", {"annotations": "silent.txt"}, "silent.txt.*--tvg_prob 1"),
-    ("sft", {"batch_size": "0"}, "--batch_size 0"), ("sft", {"annotations": "silent.txt"}, "silent.txt: nothing to learn"),
+    ("sft", {"batch_size": "0"}, "--batch_size 0"),
+    ("sft", {"annotations": "silent.txt"}, "silent.txt: nothing to learn"),
     ("sft", {"demonstrations": "absent.jsonl"}, "absent.jsonl"), ("sft", {"demonstrations": "videos"}, "videos"),
     ("sft", {"demonstrations": "empty.txt"}, "empty.txt:1: no demonstration"),
     ("sft", {"demonstrations": "bytes"}, "bytes:1: no demonstration"),
@@ -134,14 +141,15 @@ def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
     ("ground", {"png": "ok.txt/a.png"}, "--png ok.txt"), ("ground", {"png": "videos"}, "--png videos: is a folder"),
     ("ground", {"modle": "x"}, "unknown.*--modle"),
     ("toy", {}, "--output ok.txt"), ("toy", {"output": "new", "warm_start": "absent"}, "--warm_start absent"),
-    ("toy", {"output": "new", "warm_start": "videos"}, "--warm_start videos"), ("toy", {"stesp": "5"}, "unknown.*--stesp")])
+    ("toy", {"output": "new", "warm_start": "videos"}, "--warm_start videos"),
+    ("toy", {"stesp": "5"}, "unknown.*--stesp")])
 def test_what_only_one_script_reads(monkeypatch, capsys, wrong, script, flags, words):
     ends(monkeypatch, capsys, wrong, script, {**RIGHT[script], **flags}, words)
 
 
 def ends(monkeypatch, capsys, wrong, script, flags, words):
-    """The script ends with code 2 and one line of its own (or argparse's, which has usage before it) that matches `words`,
-    has loaded no model and has left nothing behind."""
+    """The script ends with code 2 and one line of its own (or argparse's, which has usage before it) that matches
+    `words`, has loaded no model and has left nothing behind."""
     monkeypatch.chdir(wrong)
     load = lambda *_, **__: pytest.fail("loads a model")
     monkeypatch.setattr(model.Qwen2_5_VLForConditionalGeneration, "from_pretrained", load)
@@ -164,15 +172,18 @@ def one_line(capsys, stop, start, words):
 
 @pytest.mark.parametrize("script, words, expected", [
     (data, ["absent.txt"], "absent.txt"), (data, ["videos"], "videos"), (data, ["empty.txt"], "empty.txt"),
-    (data, ["ok.txt", "--videos", "absent"], "absent.*--videos"), (data, ["ok.txt", "--videos", "none"], "none: no video files"),
-    (data, ["gone.txt", "--videos", "videos"], "has none of the videos"), (data, ["out.txt", "--videos", "videos"], "leaves"),
+    (data, ["ok.txt", "--videos", "absent"], "absent.*--videos"),
+    (data, ["ok.txt", "--videos", "none"], "none: no video files"),
+    (data, ["gone.txt", "--videos", "videos"], "has none of the videos"),
+    (data, ["out.txt", "--videos", "videos"], "leaves"),
     (data, ["ok.txt", "--workers", "0"], "--workers 0"), (data, ["ok.txt", "--vidoes", "videos"], "--vidoes"),
     (data, [], "file"), (rewards, ["XX", "q", "c"], "'XX'"), (rewards, ["TVG", "q", "c"], "--segment START END"),
     (rewards, ["TVG", "q", "c", "--segment", "5", "3"], "--segment 5 3"), (rewards, ["AR", "q"], "completion"),
     (rewards, ["TVG", "q", "c", "--segment", "nan", "3"], "--segment nan 3"),
     (rewards, ["TVG", "q", "c", "--segment", "1", "inf"], "--segment 1 inf"),
     (rewards, ["TVG", "q", "c", "--segment", "-1", "3"], "--segment"), (plot, ["absent"], "absent"), (plot, [], "runs"),
-    (plot, ["none"], "none/metrics.jsonl"), (plot, ["empty.txt"], "empty.txt: holds no steps"), (plot, ["bytes"], "bytes"),
+    (plot, ["none"], "none/metrics.jsonl"), (plot, ["empty.txt"], "empty.txt: holds no steps"),
+    (plot, ["bytes"], "bytes"),
     (plot, ["log.jsonl"], "log.jsonl: line 1"), (plot, ["log.jsonl", "--output", "videos"], "--output videos"),
     (plot, ["log.jsonl", "--outptu", "x"], "--outptu")])
 def test_scripts_without_a_config(monkeypatch, capsys, wrong, script, words, expected):
@@ -192,12 +203,13 @@ def test_a_picture_that_cannot_be_written(monkeypatch, capsys, wrong, tmp_path):
 
 
 def test_in_time(wrong):
-    """As a command, which takes 4 s on an idle machine, most of them to import torch and transformers."""
+    """As a command: 4 s, nearly all of them to import torch and transformers. Of processor time, since a machine may
+    be busy."""
     words = ["--model", "absent", "--annotations", "ok.txt", "--videos", "videos", "--output", "new", "--beta", "nan"]
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(HERE / "train.py"), *words], cwd=wrong, capture_output=True, text=True, timeout=60)
+    began = os.times()
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *words], cwd=wrong, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("train.py: --beta nan") and done.stderr.count("\n") == 1
-    assert time.perf_counter() - began < 20         # this one may be busy
+    assert os.times().children_user - began.children_user < 10
 
 
 def sources():
@@ -209,14 +221,14 @@ def test_nothing_that_is_read_can_run_code(path):
     """No eval, no pickle; tensors only from safetensors, or with weights_only=True."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
-            assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
         if isinstance(node, ast.Call):
             name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
             assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), ast.unparse(node)
             assert name != "torch.load" or given.get("weights_only") == "True", ast.unparse(node)
-            assert given.get("allow_pickle", "False") == given.get("trust_remote_code", "False") == "False", ast.unparse(node)
-            assert given.get("shell", "False") == "False", ast.unparse(node)
+            for danger in ("allow_pickle", "trust_remote_code", "shell"):
+                assert given.get(danger, "False") == "False", ast.unparse(node)
             assert not name.endswith("Generation.from_pretrained") or given.get("use_safetensors") == "True"
 
 
@@ -226,8 +238,8 @@ def test_paths_that_leave_the_folder(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "videos" / "linked.mp4").symlink_to(tmp_path / "outside.mp4")
     row = {"sentence": "a person sits", "timestamp": [0, 1], "duration": 5}
-    paths = ["./x/a.mp4", "linked.mp4", "../outside.mp4", f"{tmp_path}/elsewhere/a.mp4", "/home/somebody/b.mp4", "sub/../a.mp4",
-             "..", "/"]
+    paths = ["./x/a.mp4", "linked.mp4", "../outside.mp4", f"{tmp_path}/elsewhere/a.mp4", "/home/somebody/b.mp4",
+             "sub/../a.mp4", "..", "/"]
     (tmp_path / "list.json").write_text(json.dumps([{**row, "video": path} for path in paths]))
     videos = str(tmp_path / "videos")
     samples, rejected = data.read(str(tmp_path / "list.json"), videos)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -20,9 +20,10 @@ settings.register_profile("house", max_examples=50, deadline=None, derandomize=T
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 settings.load_profile("house")
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "12.5 to 17", "3 and 4", "9 to 2", "1e9 to 2", " ", "\n", "[", "]",
-          "opens", "the door", "0", ".", "-", "s", "\ud800", "\0", "é", "٣ to ٤", "9" * 400]
-completions = st.one_of(st.text(st.characters(codec=None), max_size=60), st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "12.5 to 17", "3 and 4", "9 to 2", "1e9 to 2", " ", "\n",
+          "[", "]", "opens", "the door", "0", ".", "-", "s", "\ud800", "\0", "é", "٣ to ٤", "9" * 400]
+completions = st.one_of(st.text(st.characters(codec=None), max_size=60),
+                        st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
                         st.text(max_size=20).map("<think>{0}</think> <answer>{0}</answer>".format))
 numbers = st.floats(0, 1e6) | st.floats()
 spans = st.tuples(numbers, numbers)
@@ -49,8 +50,9 @@ def test_cosine_rewards_are_within_their_bounds(text, reward):
 def test_any_query_can_be_masked_and_asked(query):
     """Of a sentence only verbs change, and the prompt holds it, whatever is in it."""
     found = rewards.verb_spans(query)
-    assert all(0 <= a < b <= len(query) for a, b, _ in found) and all(b <= c for (_, b, _), (c, *_) in zip(found, found[1:]))
-    rest = "".join(query[a:b] for a, b in zip([0, *(end for _, end, _ in found)], [*(start for start, *_ in found), len(query)]))
+    edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(query)]
+    assert edges == sorted(edges) and all(start < end for start, end, _ in found)
+    rest = "".join(query[a:b] for a, b in zip(edges[::2], edges[1::2]))
     assert tasks.mask_verbs(query).replace("[]", "") == rest.replace("[]", "")
     sample = data.Sample("a", "a", query, 0.0, 1.0, None)
     assert query in tasks.TASKS["TVG"].prompt(sample) and tasks.mask_verbs(query) in tasks.TASKS["VC"].prompt(sample)
@@ -64,7 +66,8 @@ def test_a_span_is_two_numbers_or_none(text):
     assert 0 <= rewards.iou(span, (0.0, 1.0)) <= 1
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["", "s", " sec", " seconds"]), st.sampled_from(["to", "and"]))
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["", "s", " sec", " seconds"]),
+       st.sampled_from(["to", "and"]))
 def test_what_is_written_is_read(start, end, unit, word):
     assert rewards.span(f"so <answer>{start / 100}{unit} {word} {end / 100}{unit}</answer>") == (start / 100, end / 100)
 
@@ -98,19 +101,21 @@ segments = st.tuples(st.integers(-1, 9), st.floats(0, 30)).map(lambda pair: [pai
 def entries(**fields):
     """Lists of objects of these fields; now and then one of the fields is anything, or there is another one."""
     change = st.dictionaries(st.sampled_from([*fields, "more"]), anything, max_size=1)
-    return st.lists(st.tuples(st.fixed_dictionaries(fields), change).map(lambda pair: {**pair[0], **pair[1]}), max_size=3)
+    changed = st.tuples(st.fixed_dictionaries(fields), change).map(lambda pair: {**pair[0], **pair[1]})
+    return st.lists(changed, max_size=3)
 
 
 lines = st.lists(st.tuples(names, segments | st.tuples(anything, anything), sentences).map(
     lambda row: f"{row[0]} {row[1][0]} {row[1][1]}##{row[2]}"), max_size=4)
 activitynet = entries(duration=st.just(20), timestamps=st.lists(segments, min_size=2, max_size=2),
-                      sentences=st.lists(sentences, min_size=2, max_size=2)).map(lambda rows: dict(zip(("a", "../b", ""), rows)))
+                      sentences=st.lists(sentences, min_size=2, max_size=2))
+activitynet = activitynet.map(lambda rows: dict(zip(("a", "../b", ""), rows)))
 qvhighlights = entries(qid=st.integers(0, 5), query=sentences, vid=names, duration=st.just(20),
                        relevant_windows=st.lists(segments, max_size=3))
 timerft = entries(video=names, timestamp=segments, sentence=sentences, duration=st.just(20.5),
                   video_start=st.sampled_from([0, 3.5]), video_end=st.sampled_from([None, 24]) | st.just(20.5))
-tvgbench = entries(path=names, question=sentences, answer=segments.map("{0[0]}-{0[1]:.2f}".format), duration=st.just(20),
-                   start=st.none(), end=st.none())
+tvgbench = entries(path=names, question=sentences, answer=segments.map("{0[0]}-{0[1]:.2f}".format),
+                   duration=st.just(20), start=st.none(), end=st.none())
 files = st.one_of(
     st.binary(max_size=200), lines.map(lambda rows: "\n".join(rows).encode("utf-8", "replace")),
     qvhighlights.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
@@ -193,8 +198,8 @@ def test_a_cut_has_at_least_a_pair_and_stays_inside(pairs, fps, start, end):
         assert abs(shown[0] - start * fps) <= 1.5 and abs(shown[-1] + 1 - end * fps) <= 1.5
 
 
-@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 9), st.floats(0.05, 20),
-       st.sampled_from([1.0, 2.0, 4.0]))
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.integers(0, 9),
+       st.floats(0.05, 20), st.sampled_from([1.0, 2.0, 4.0]))
 def test_positions_rise_along_text_and_start_after_the_video(t, h, w, before, after, fps, tokens_per_second):
     ids = torch.tensor([0] * before + [1] * (t * h * w) + [2] * after)
     positions = model.place(ids, 1, torch.tensor([t, 2 * h, 2 * w]), 2 / fps, tokens_per_second)
@@ -206,11 +211,12 @@ def test_positions_rise_along_text_and_start_after_the_video(t, h, w, before, af
         assert text[0, before] == middle.max() + 1
     assert (middle[1].view(t, h, w) == before + torch.arange(h)[:, None]).all()
     assert (middle[2].view(t, h, w) == before + torch.arange(w)).all()
-    assert len(set(map(tuple, positions.T.tolist()))) == len(ids) or (2 / fps) * tokens_per_second < 1   # no two in one place
+    if 2 / fps * tokens_per_second >= 1:        # else pairs of frames may share a place in time
+        assert len(set(map(tuple, positions.T.tolist()))) == len(ids)
 
 
-groups = st.integers(2, 8).flatmap(lambda g: st.lists(st.lists(st.floats(0, 2, width=32), min_size=g, max_size=g), min_size=1,
-                                                      max_size=4))
+groups = st.integers(2, 8).flatmap(lambda g: st.lists(st.lists(st.floats(0, 2, width=32), min_size=g, max_size=g),
+                                                      min_size=1, max_size=4))
 
 
 @given(groups, st.floats(-5, 5, width=32), st.randoms(use_true_random=False))
@@ -223,11 +229,12 @@ def test_advantages_are_centred_and_know_neither_level_nor_order(rewards, level,
     order = torch.tensor(random.sample(range(rewards.shape[1]), rewards.shape[1]))
     torch.testing.assert_close(grpo.advantages(rewards[:, order]), advantage[:, order], rtol=1e-9, atol=1e-9)
     assert ((rewards[:, :, None] > rewards[:, None]) <= (advantage[:, :, None] >= advantage[:, None])).all()
-    flat = (rewards == rewards[:, :1]).all(-1)
-    assert (advantage[flat] == 0).all()
+    flat = rewards[:, :1].float().expand_as(rewards)            # whose mean in fp32 need not be their value
+    assert (grpo.advantages(flat) == 0).all()
 
 
-@given(st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf), min_size=2, max_size=12), st.floats(0, 1, exclude_max=True))
+@given(st.lists(st.floats(-30, 30, width=32) | st.just(-math.inf), min_size=2, max_size=12),
+       st.floats(0, 1, exclude_max=True))
 @example([0.0, 0.0, -math.inf], math.nextafter(1, 0))
 @example([-math.inf, 0.0], 0.0)
 def test_only_what_has_a_probability_is_sampled(logits, uniform):
@@ -238,7 +245,7 @@ def test_only_what_has_a_probability_is_sampled(logits, uniform):
     assert logits[0, grpo.sample(logits, None)] == logits.max()
 
 
-@settings(max_examples=4)
+@settings(max_examples=4, phases=[Phase.generate])      # to shrink a failure would take minutes
 @given(st.data())
 def test_a_completion_s_log_probability_does_not_depend_on_its_group(tiny, prompts, data):
     """Others of any length and content beside it, in any place of the group, and another prompt in the batch."""
@@ -254,6 +261,7 @@ def test_a_completion_s_log_probability_does_not_depend_on_its_group(tiny, promp
         together = grpo.logprobs(policy, prompts, completions, mask)            # (2, G, C)
         size = len(group[place])
         b = data.draw(st.integers(0, 1))
-        alone = grpo.logprobs(policy, [prompts[b]], completions[:1, place:place + 1, :size], mask[:1, place:place + 1, :size])
+        one = completions[:1, place:place + 1, :size]                           # (1, 1, c)
+        alone = grpo.logprobs(policy, [prompts[b]], one, torch.ones_like(one))
     torch.testing.assert_close(together[b, place, :size], alone[0, 0], rtol=0, atol=1e-9)
     assert (together[mask == 0] == 0).all() and (together[mask == 1] < 0).all()

@@ -67,7 +67,8 @@ def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
     for number, path in enumerate(sorted((folder / "videos").iterdir())):
         (files / path.name).symlink_to(path if number % 3 else __file__)
     for name, seed, workers in (("first", 1, 1), ("again", 1, 3), ("other", 2, 2)):
-        train.main(config(folder, tmp_path / name, videos=str(files), steps=2, prompts_per_step=3, seed=seed, workers=workers))
+        train.main(config(folder, tmp_path / name, videos=str(files), steps=2, prompts_per_step=3, seed=seed,
+                          workers=workers))
     first, again, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("first", "again", "other"))
     assert first == again != other
     one, three = (rows(tmp_path / name / "metrics.jsonl") for name in ("first", "again"))

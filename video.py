@@ -182,8 +182,8 @@ def decode(reader, index):
 
 
 class Loader:
-    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in worker processes of the loader's own: a decoder
-    that hangs or crashes ends only its process and raises VideoError. What has hung is not tried again by this loader.
+    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in worker processes of the loader's own: a
+    decoder that hangs or crashes ends only its process and raises VideoError. What has hung is not tried again.
 
     Several threads may call: as many videos are decoded at a time as there are `workers`. A worker starts when it is
     first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
@@ -193,7 +193,8 @@ class Loader:
         """`limit`: seconds that decoding a file may take; `cache_gb`: size of the cache; `options`: as for `load`."""
         self.options, self.hung = dict(OPTIONS, **options), {}   # hung: the path -> what was said of it
         self.cache = Cache(cache, cache_gb) if cache else None
-        self.workers, self.free = [Worker(limit) for _ in range(workers)], queue.LifoQueue()   # last in: already running
+        self.workers = [Worker(limit) for _ in range(workers)]
+        self.free = queue.LifoQueue()   # the last one in has started already
         for worker in self.workers:
             self.free.put(worker)
 
@@ -250,8 +251,8 @@ class Worker:
         except VideoError:
             raise
         except TimeoutError:
-            kind, cause = VideoTimeout, (f"not decoded within {self.limit:g} s, and not tried again in this run; re-encode "
-                                         "it with ffmpeg, or allow more time with --video_limit")
+            kind, cause = VideoTimeout, (f"not decoded within {self.limit:g} s, and not tried again in this run; "
+                                         "re-encode it with ffmpeg, or allow more time with --video_limit")
         except (OSError, ValueError):
             pass
         except BaseException:   # an interrupt: what is on the way must not answer the next request
@@ -266,9 +267,9 @@ class Worker:
         closed to it, since decoders print; it talks over a socket."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(theirs.fileno())],
-                                            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                            stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
         self.pid, self.stream = os.getpid(), ours.makefile("rwb")
         with ours:   # the stream keeps it open
             ours.settimeout(300)
