@@ -158,6 +158,7 @@ logs = st.lists(st.fixed_dictionaries({"step": st.integers(-5, 10**30) | anythin
 
 
 @given(st.binary(max_size=100) | logs.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
+@example(b'{"step": 1, "reward": NaN, "kl": 1e999}')
 def test_any_log_gives_steps_or_one_error(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     try:
