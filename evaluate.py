@@ -56,6 +56,7 @@ class Config:
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     max_tokens: int = flag(1024, "longest completion")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
@@ -65,7 +66,7 @@ class Config:
 def main(config: Config) -> dict[str, float | list[float]]:
     """Evaluate and return the scores, which are also in scores.json."""
     check(config)
-    samples, rejected = data.read(config.annotations, config.videos or None)
+    samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
     scores = score_predictions(config.predictions, samples) if config.predictions else summarise(predict(config, samples))
     scores["rejected"] = len(rejected)
     if config.output and os.environ.get("RANK", "0") == "0":
@@ -133,12 +134,18 @@ def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a config that cannot work, or with which --output was not begun."""
     if bool(config.predictions) == bool(config.model) or config.model and not (config.videos and config.output):
         raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers to score")
-    if not config.tasks or set(config.tasks) - set(tasks.TASKS) or config.batch_size < 1:
-        raise ValueError(f"--tasks {' '.join(config.tasks)} --batch_size {config.batch_size}: choose tasks from "
-                         f"{' '.join(tasks.TASKS)}, and at least 1 query at once")
+    if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
+        raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
+    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit")
+    if config.output:
+        launch.check_output(config.output)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
+                from error
         if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
                      if name != "output" and old.get(name, "?") != value]:
             raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")
@@ -215,7 +222,7 @@ def read_predictions(path: str) -> list[dict]:
             span = rewards.span(row.get("completion") or "") if None in span else tuple(map(float, span))
             start, end = span if span and np.isfinite(span).all() and not row.get("error") else (None, None)
             rows.append({**row, "start": start, "end": end})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no prediction ({error}); mend or remove the line") from error
     return rows
 
