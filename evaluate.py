@@ -26,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ class Config:
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
+    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     blind: bool = flag(False, "show grey frames instead of the video")
 
 
@@ -92,8 +94,14 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     todo = [(task, batch) for task, batch in work if any((task.name, sample.id) not in rows for _, sample in batch)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
-        load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
-        see = lru_cache(maxsize=1)(lambda *part: load(*part).grey() if config.blind else load(*part))
+        load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
+                            total_pixels=config.total_pixels)
+
+        def prepare(task: tasks.Task, batch: list) -> list[model.Prompt | video.VideoError]:
+            videos = [list(of_one) for _, of_one in groupby(batch, lambda item: item[1].video)]
+            with ThreadPoolExecutor(config.workers) as threads:     # videos side by side, the queries of each in turn
+                return sum(threads.map(lambda of_one: attempt(config, of_one, task, encoder, load), videos), [])
+
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
@@ -101,7 +109,6 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
             launch.write_config(config, output)
         launch.gather([rank])                               # nobody writes an answer before its config is written
         mine = todo[rank::world]
-        prepare = lambda task, batch: [attempt(sample, task, encoder, see) for _, sample in batch]
         with ThreadPoolExecutor(1) as background, open(output / f"predictions.rank{rank}.jsonl", "a") as part:
             upcoming = [background.submit(prepare, *item) for item in mine[:1]]
             for number, item in enumerate(tqdm(mine, desc="evaluate", disable=rank > 0, dynamic_ncols=True), 1):
@@ -136,9 +143,11 @@ def check(config: Config) -> None:
         raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers to score")
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
-    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit")
+    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
     if config.output:
         launch.check_output(config.output)
+    if config.model:
+        model.check(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
         try:
@@ -147,7 +156,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
                 from error
         if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
-                     if name != "output" and old.get(name, "?") != value]:
+                     if name not in ("output", "workers", "cache", "cache_gb") and old.get(name, "?") != value]:
             raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")
 
 
@@ -169,17 +178,22 @@ def answered(config: Config) -> list[dict]:
     for path in sorted(output.glob("predictions*.jsonl")):
         for line in path.read_text(errors="replace").split("\n"):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            rows += [row] if isinstance(row, dict) and {"task", "id"} <= row.keys() else []
     return rows
 
 
-def attempt(sample: data.Sample, task: tasks.Task, encoder, load: Callable) -> model.Prompt | video.VideoError:
-    try:
-        return tasks.prepare(sample, task, encoder, load)
-    except video.VideoError as error:
-        return error
+def attempt(config: Config, batch: list, task: tasks.Task, encoder, load: Callable) -> list:
+    """The Prompt of each (number, sample) of one video, or the VideoError why there is none."""
+    see, prompts = lru_cache(maxsize=1)(lambda *part: load(*part).grey() if config.blind else load(*part)), []
+    for _, sample in batch:
+        try:
+            prompts.append(tasks.prepare(sample, task, encoder, see))
+        except video.VideoError as error:
+            prompts.append(error)
+    return prompts
 
 
 def answer(config: Config, policy, encoder, task: tasks.Task, batch: list, prompts: list) -> list[dict]:

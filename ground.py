@@ -52,6 +52,7 @@ def main(config: Config) -> list[dict]:
         launch.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
+    model.check(config.model)
     load = video.Loader(total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()

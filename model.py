@@ -24,7 +24,7 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -60,7 +60,7 @@ class Prompt:
     video: Tensor | None = None     # (video tokens, H) what a vision tower made of the patches, once it has run
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def cut_patches(frames: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 frames (T, 3, H, W), T even, H and W multiples of 28 -> patches (N, 1176) and grid (3,).
 
@@ -184,31 +184,61 @@ class Policy(nn.Module):
                           for h, y in zip(hidden.split(size), targets.split(size))])
 
 
-def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors.
-
-    Raises ModelError when there is no such folder or it holds another architecture.
-    """
+def check(folder: str) -> None:
+    """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder, with config.json, tokenizer and whole weights. It
+    takes milliseconds, so that a script can call it before anything slow."""
     try:
-        kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder}: not a model folder, its config.json cannot be read ({error}); "
                          "give --model a folder with config.json, *.safetensors and tokenizer.json") from error
     if kind != "qwen2_5_vl":
         raise ModelError(f"{folder}: model_type is {kind!r}, not 'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not config.keys() & {"text_config", "hidden_size"}:      # else it would be built in the size of a 7B model
+        raise ModelError(f"{folder}: config.json does not tell the model's sizes; copy it again")
     try:
-        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
-                                                                  attn_implementation="sdpa").to(device)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder}: its weights cannot be read ({error}); "
-                         "copy the *.safetensors files again") from error
+        index = Path(folder) / "model.safetensors.index.json"
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+        for name in names:
+            safe_open(Path(folder) / name, "pt").keys()             # reads the header, which must fit the file's size
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{folder}: its weights or its tokenizer cannot be read ({error}); copy the *.safetensors and "
+                         "tokenizer*.json files again") from error
+
+
+def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Policy, Encoder]:
+    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors.
+
+    Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
+    """
+    check(folder)
+    try:        # what a tokenizer.json of another form raises is an Exception, no less
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({error}); copy the tokenizer*.json files again") \
+            from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
         raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
+    if not tokenizer.chat_template:
+        raise ModelError(f"{folder}: the tokenizer has no chat template; copy chat_template.jinja, too")
+    try:
+        qwen, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True)     # of a weight that is missing it only warns
+    except (SafetensorError, OSError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the model cannot be built ({error}); copy config.json and the *.safetensors files "
+                         "again") from error
+    lost = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if lost:
+        raise ModelError(f"{folder}: {len(lost)} weights are missing or have another shape than config.json says, such as "
+                         f"{lost[0]}; copy config.json and the *.safetensors files again")
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
-    return Policy(qwen, forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
+    return Policy(qwen.to(device), forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
 
 
 @cache      # the policy and the reference share its groups of processes

@@ -77,6 +77,7 @@ def main(config: Config) -> None:
     launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
                          "workers")
     launch.check_output(config.output)
+    model.check(config.model)
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     rows = read_demonstrations(config.demonstrations, samples)
     if not rows:

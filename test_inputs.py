@@ -3,11 +3,14 @@ loaded; and nothing that is read can run code."""
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
@@ -25,9 +28,10 @@ GONE = object()     # as a value: without this flag
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
+def wrong(folder, tmp_path_factory):
     """A folder of wrong inputs of all kinds, and two right ones: ok.txt with its video in videos/."""
-    folder = tmp_path_factory.mktemp("wrong")
+    good, folder = folder / "model", tmp_path_factory.mktemp("wrong")
+    (folder / "good").symlink_to(good)
     for name, content in {
             "ok.txt": "a 0 1##a person sits.\n", "silent.txt": "a 0 1##the table over there\n", "empty.txt": "",
             "prose.txt": "hello\n", "gone.txt": "b 0 1##a person sits.\n", "out.txt": "../a 0 1##a person sits.\n",
@@ -53,17 +57,17 @@ def run(monkeypatch, script, words):
         sys.exit(script.main(words))
 
 
-RIGHT = {   # flags with which a script gets as far as to load a model that is not there
-    "train": {"model": "absent", "annotations": "ok.txt", "videos": "videos", "output": "new"},
-    "sft": {"model": "absent", "annotations": "ok.txt", "videos": "videos", "output": "new"},
-    "evaluate": {"model": "absent", "annotations": "ok.txt", "videos": "videos", "output": "new"},
-    "ground": {"video": "absent.mp4", "queries": "a person sits", "model": "absent"},
+RIGHT = {   # flags with which a script gets as far as to load a model
+    "train": {"model": "good", "annotations": "ok.txt", "videos": "videos", "output": "new"},
+    "sft": {"model": "good", "annotations": "ok.txt", "videos": "videos", "output": "new"},
+    "evaluate": {"model": "good", "annotations": "ok.txt", "videos": "videos", "output": "new"},
+    "ground": {"video": "absent.mp4", "queries": "a person sits", "model": "good"},
     "toy": {"output": "ok.txt"}}
 NUMBERS = {     # of each script: those that must be above 0, and those that may be 0
     "train": ("steps max_tokens temperature learning_rate max_grad_norm total_pixels cache_gb video_limit workers",
               "seed beta warmup_steps prompts_per_pass save_every tvg_prob"),
     "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_limit workers", "seed per_pass"),
-    "evaluate": ("batch_size max_tokens total_pixels cache_gb video_limit", "seed steps temperature"),
+    "evaluate": ("batch_size max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature"),
     "ground": ("batch_size max_tokens total_pixels", ""),
     "toy": ("steps learning_rate prompts_per_step warm_steps", "seed beta tvg_prob")}
 SCRIPTS = {module.__name__: module for module in (train, sft, evaluate, ground, toy)}
@@ -97,7 +101,7 @@ def test_numbers(monkeypatch, capsys, wrong, script, name, value):
 
 @pytest.mark.parametrize("script", ["train", "sft", "evaluate"])
 @pytest.mark.parametrize("flags, words", [
-    ({}, "absent.*--model"), ({"model": "config"}, "config.*qwen2_vl"), ({"model": "torn"}, "torn.*--model"),
+    ({"model": "absent"}, "absent.*--model"), ({"model": "config"}, "config.*qwen2_vl"), ({"model": "torn"}, "torn.*--model"),
     ({"model": "ok.txt"}, "ok.txt.*--model"), ({"annotations": "absent.txt"}, "absent.txt.*--annotations"),
     ({"annotations": "videos"}, "videos.*--annotations"), ({"annotations": "empty.txt"}, "empty.txt.*--annotations"),
     ({"annotations": "prose.txt"}, "prose.txt.*--annotations"), ({"annotations": "bytes"}, "bytes.*--annotations"),
@@ -108,8 +112,7 @@ def test_numbers(monkeypatch, capsys, wrong, script, name, value):
     ({"output": "ok.txt"}, "--output ok.txt"), ({"output": "ok.txt/deeper/still"}, "--output ok.txt/deeper/still"),
     ({"output": "/proc/new"}, "--output /proc/new"), ({"output": "x" * 300}, "--output xxx"),
     ({"outptu": "new"}, "unknown.*--outptu"), ({"step": "3"}, "unknown.*--step"), ({"output": GONE}, "output"),
-    ({"model": GONE}, "--model"), ({"annotations": GONE}, "--annotations"), ({"videos": GONE}, "--videos"),
-    ({"cache": ""}, "absent.*--model")])
+    ({"model": GONE}, "--model"), ({"annotations": GONE}, "--annotations"), ({"videos": GONE}, "--videos")])
 def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
     ends(monkeypatch, capsys, wrong, script, {**RIGHT[script], **flags}, words)
 
@@ -140,8 +143,8 @@ def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
     ("ground", {"queries": " "}, "query 1 of 1 is empty"), ("ground", {"queries": GONE}, "--queries"),
     ("ground", {"png": "ok.txt/a.png"}, "--png ok.txt"), ("ground", {"png": "videos"}, "--png videos: is a folder"),
     ("ground", {"modle": "x"}, "unknown.*--modle"),
-    ("toy", {}, "--output ok.txt"), ("toy", {"output": "new", "warm_start": "absent"}, "--warm_start absent"),
-    ("toy", {"output": "new", "warm_start": "videos"}, "--warm_start videos"),
+    ("toy", {}, "--output ok.txt"), ("toy", {"output": "new", "warm_start": "absent"}, "absent: not a model folder"),
+    ("toy", {"output": "new", "warm_start": "videos"}, "videos: not a model folder"),
     ("toy", {"stesp": "5"}, "unknown.*--stesp")])
 def test_what_only_one_script_reads(monkeypatch, capsys, wrong, script, flags, words):
     ends(monkeypatch, capsys, wrong, script, {**RIGHT[script], **flags}, words)
@@ -210,6 +213,58 @@ def test_in_time(wrong):
     done = subprocess.run([sys.executable, str(HERE / "train.py"), *words], cwd=wrong, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("train.py: --beta nan") and done.stderr.count("\n") == 1
     assert os.times().children_user - began.children_user < 10
+
+
+def change(name, **values):
+    def harm(folder):
+        config = json.loads((folder / name).read_text())
+        for key, value in values.items():
+            *path, last = key.split("__")
+            reduce(dict.__getitem__, path, config)[last] = value
+        (folder / name).write_text(json.dumps(config))
+    return harm
+
+
+def resave(select):
+    def harm(folder):
+        weights = load_file(folder / "model.safetensors")
+        save_file({k: select(k, v) for k, v in weights.items() if select(k, v) is not None}, folder / "model.safetensors",
+                  metadata={"format": "pt"})
+    return harm
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize("harm, words", [
+    (remove("config.json"), "config.json"), (cut("config.json", 50), "config.json"), (cut("config.json", 0), "config.json"),
+    (change("config.json", model_type="qwen2_vl"), "qwen2_vl"),
+    (change("config.json", text_config__hidden_size=0), "hidden_size|built"),
+    (change("config.json", text_config__hidden_size="x"), "hidden_size"),
+    (change("config.json", text_config__hidden_size=64), "weights are missing or have another shape"),
+    (change("config.json", text_config__num_attention_heads=3), "num_heads"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}'), "sizes"),
+    (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json"),
+    (remove("model.safetensors"), "model.safetensors"), (cut("model.safetensors", 0), "safetensors"),
+    (cut("model.safetensors", 100_000), "safetensors"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 1000), "safetensors"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+     "gone.safetensors"),
+    (resave(lambda name, value: None if "layers.1.mlp" in name else value), "3 weights are missing.*layers.1.mlp"),
+    (resave(lambda name, value: value[:9].clone() if "layers.1.mlp.up" in name else value), "1 weights.*layers.1.mlp.up"),
+    (remove("tokenizer.json"), "tokenizer.json"), (cut("tokenizer.json", 1000), "tokenizer"),
+    (change("tokenizer.json", model={"type": "BPE"}), "tokenizer"), (remove("tokenizer_config.json"), "tokenizer_config"),
+    (cut("tokenizer_config.json", 30), "tokenizer"), (remove("chat_template.jinja"), "chat template")])
+def test_model_folders(folder, tmp_path, harm, words):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    harm(tmp_path / "model")
+    with pytest.raises(model.ModelError, match=f"model: .*(?:{words})"):
+        model.load(str(tmp_path / "model"))
 
 
 def sources():

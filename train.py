@@ -78,6 +78,7 @@ def check(config: Config, world: int) -> None:
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
     launch.check_output(config.output)
+    model.check(config.model)
 
 
 def main(config: Config) -> None:
