@@ -141,8 +141,11 @@ class Run:
     def count(self, step: int, numbers: dict) -> dict:
         """The numbers of a step, and how many steps so far were skipped because such numbers were not finite."""
         bad = launch.not_finite(numbers)
-        self.bad_in_a_row = [*self.bad_in_a_row, f"{' and '.join(bad)} in step {step}"] if bad else []
-        self.bad_steps += bool(bad)
+        if bad:
+            self.bad_steps += 1
+            self.bad_in_a_row.append(f"{' and '.join(bad)} in step {step}")
+        elif numbers["loss"] is not None:       # a step that is left out because its groups are flat proves nothing
+            self.bad_in_a_row = []
         return {**numbers, "bad_steps": self.bad_steps}
 
     def finish(self, step: int, policy, optimizer, stop) -> bool:

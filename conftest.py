@@ -18,7 +18,7 @@ from video import Clip
 
 torch.set_num_threads(2)
 FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
-FORKS.set_forkserver_preload(["train", "sft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+FORKS.set_forkserver_preload(["conftest", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
 
 
 def pytest_configure(config):

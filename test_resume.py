@@ -71,9 +71,9 @@ def survive(settings, script, kills, log):
 def unbroken(folder, warm, tmp_path_factory):
     """The settings and the outcome of a run that nobody disturbs."""
     output = tmp_path_factory.mktemp("unbroken") / "run"
-    settings = config(folder, output, steps=7, save_every=2, tvg_prob=1, cache=str(folder / "cache"), keep=1)
+    settings = config(folder, output, steps=5, save_every=2, tvg_prob=1, cache=str(folder / "cache"), keep=1)
     assert finish(start("train", settings, output.with_suffix(".log"))) == [0]
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000007"]     # --keep 1
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000005"]     # --keep 1
     return settings, outcome(output)
 
 
@@ -82,8 +82,8 @@ def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
     step = random.randrange(1, 3)
     assert survive(replace(unbroken[0], output=str(tmp_path / "run")), "train", [
         (signal.SIGKILL, lambda output: lines(output / "metrics.jsonl") == step),
+        (signal.SIGTERM, lambda output: lines(output / "metrics.jsonl") == 2),
         (signal.SIGKILL, lambda output: (output / "checkpoints" / "step_000004.tmp").exists()),
-        (signal.SIGTERM, lambda output: lines(output / "metrics.jsonl") == 3),
         (signal.SIGKILL, lambda output: (output / "model.tmp").exists())], tmp_path / "log") == 4
     assert_same(outcome(tmp_path / "run"), unbroken[1])
 
@@ -127,8 +127,8 @@ def test_torchrun_stopped_and_continued_by_one_process(unbroken, tmp_path):
     process.wait(30)
     text = (tmp_path / "log").read_text()
     stopped = checkpoint.newest(tmp_path / "run")
-    assert text.count("stopping after this step") == 1 and "Traceback" not in text.split("SignalException")[0], text
-    assert stopped and 0 < lines(tmp_path / "run" / "metrics.jsonl") == int(stopped.name[5:]) < 7
+    assert text.count("stopping after this step") == text.count("Traceback") == 1, text     # torchrun has one of its own
+    assert stopped and 0 < lines(tmp_path / "run" / "metrics.jsonl") == int(stopped.name[5:]) < 5
     assert not (tmp_path / "run" / "model").exists()
     assert finish(start("train", replace(settings, resume=True), tmp_path / "one")) == [0]
     assert [(row["index"], row["completion"]) for row in rows(tmp_path / "run" / "samples.jsonl")] == \
@@ -187,12 +187,12 @@ def test_two_processes_skip_alike_and_name_the_way_back(unbroken, tmp_path):
     assert finish(start("train", settings, tmp_path / "log", 2, poison_rank_1)) == [2, 2]
     numbers = rows(tmp_path / "run" / "metrics.jsonl")
     first = next(i for i, row in enumerate(numbers) if row["bad_steps"] == 1)
-    assert [row["bad_steps"] for row in numbers[first:]] == [1, 2] and numbers[-1]["loss"] is None
+    assert numbers[-1]["bad_steps"] == 2 and all(row["loss"] is None for row in numbers[first:])
     back = checkpoint.newest(tmp_path / "run")
     assert back.name == f"step_{first:06d}"                                     # none from the bad steps
     for rank in range(2):
         line = (tmp_path / f"log.{rank}").read_text().splitlines()[-1]
-        assert f"loss and grad_norm in step {first}, " in line and f"Go back to {back} " in line
+        assert f": loss and grad_norm in step {first}, loss" in line and f"Go back to {back} " in line
 
 
 @pytest.mark.parametrize("fault", ["reward", "loss", "grad_norm"])
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(unbroken, tmp_path):
     settings = replace(unbroken[0], output=str(tmp_path / "run"), steps=1)
     train.main(settings)
     settings = replace(settings, steps=3, save_every=2, resume=True)
-    for size, culprit in ((1_000_000, "checkpoints/step_000002: "), (500, "(metrics|samples).jsonl: ")):
+    for size, culprit in ((1_000_000, "checkpoints/step_000002: "), (1000, "samples.jsonl: ")):
         with full_disk(size), pytest.raises(OSError, match=f"run/{culprit}could not be written .*File too large"):
             train.main(settings)
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000001"]

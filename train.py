@@ -164,11 +164,12 @@ def sample_step(config: Config, policy, encoder, task: tasks.Task, batch: list) 
         passes.append((prompts, rollouts, advantage.to(rollouts.mask.device)))
 
         lengths = rollouts.mask.sum(-1).flatten().tolist()
+        logprobs = (rollouts.logprobs.sum(-1) / rollouts.mask.sum(-1)).flatten().tolist()                   # B * G
         last = rollouts.completions.gather(-1, rollouts.mask.sum(-1, keepdim=True) - 1).flatten().tolist()
         for i, ((index, sample, _, errors), text, score) in enumerate(zip(repeated, texts, scores)):
             rows.append({"index": index, "id": sample.id, "query": sample.query, "completion": text,
                          "reward": score.total, **score.parts, "advantage": advantage.flatten()[i].item(),
-                         "tokens": lengths[i], "truncated": last[i] not in encoder.stop_ids,
+                         "tokens": lengths[i], "logprob": logprobs[i], "truncated": last[i] not in encoder.stop_ids,
                          "bad_videos": [str(error) for error in errors] if i % config.group_size == 0 else []})
     model.gathered(policy, False)
     return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
@@ -185,7 +186,7 @@ def take_step(config: Config, policy, reference, optimizer, passes: list, rows: 
     groups = np.array([row["advantage"] for row in rows]).reshape(-1, config.group_size)
     flat = float((groups == 0).all(1).mean())
     numbers = {"reward": mean("reward"), **{name: mean(name) for name in names}, "tokens": mean("tokens"),
-               "truncated": mean("truncated"), "flat": flat}
+               "logprob": mean("logprob"), "truncated": mean("truncated"), "flat": flat}
     if flat == 1:
         return {**numbers, "kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}
 
