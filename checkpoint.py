@@ -153,9 +153,11 @@ class Run:
         a signal has set the event `stop` in any process. Raises ValueError after too many bad steps in a row."""
         self.step = step + 1
         if len(self.bad_in_a_row) >= self.config.max_bad_steps:
+            back = newest(self.output)
             raise ValueError(f"not finite: {', '.join(self.bad_in_a_row)}; that is --max_bad_steps "
-                             f"{self.config.max_bad_steps} in a row. Go back to {newest(self.output) or 'the beginning'} "
-                             "with --resume and a lower --learning_rate, or delete it to go back further")
+                             f"{self.config.max_bad_steps} in a row. " + (
+                                 f"Go back to {back} with --resume and a lower --learning_rate, or further by deleting "
+                                 "it" if back else "There is no checkpoint yet; try a lower --learning_rate"))
         stopping = any(launch.gather([stop.is_set()]))
         every = self.config.save_every
         due = stopping or self.step == self.config.steps or every and self.step % every == 0

@@ -1,4 +1,4 @@
-"""A tiny model with random weights, a few made-up videos, and scripts in processes of their own, shared by the tests."""
+"""Shared by the tests: a tiny model with random weights, a few made-up videos, scripts in processes of their own."""
 import importlib
 import multiprocessing
 import os
@@ -37,8 +37,8 @@ def flags(config) -> list[str]:
 
 
 def start(script: str, config, log, processes: int = 1, change=None) -> list:
-    """Start train.py or sft.py as torchrun would, in `processes` processes that print to the files log.0, log.1, ...;
-    `change` (rank) runs first in each and may put a fault into the code. Returns the processes."""
+    """Start train.py or sft.py as torchrun would, in processes that print to the files log.0, log.1, ...; `change`
+    (rank) runs first in each and may put a fault into the code. Returns the processes."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     distributed = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}

@@ -221,7 +221,8 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
         unfinished, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
-            policy.qwen.save_pretrained(unfinished, state_dict={k.removeprefix("qwen."): v for k, v in weights.items()})
+            weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
+            policy.qwen.save_pretrained(unfinished, state_dict=weights)
             encoder.tokenizer.save_pretrained(unfinished)
             for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
                 shutil.copy(path, unfinished)                                   # for AutoProcessor; not used here

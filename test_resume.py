@@ -90,19 +90,23 @@ def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
 
 @pytest.mark.soak
 def test_fifty_random_kills(folder, warm, tmp_path):
-    settings = config(folder, tmp_path / "unbroken", steps=60, save_every=1, cache=str(folder / "cache"))
+    """Each after 0 to 4 s of training; a checkpoint after every step. Prints (pytest -s) where they hit."""
+    settings = config(folder, tmp_path / "unbroken", steps=100, save_every=1, cache=str(folder / "cache"))
     assert finish(start("train", settings, tmp_path / "log"), 600) == [0]
-    settings, moments = replace(settings, output=str(tmp_path / "run")), random.Random(0)
-    hit = 0
-    while hit < 50:
-        process, = start("train", replace(settings, resume=True), tmp_path / "log")
-        process.join(moments.uniform(1, 7))
+    settings = replace(settings, output=str(tmp_path / "run"), resume=True)
+    log, moments = tmp_path / "log.0", random.Random()
+    for number in range(50):
+        log.write_text("")
+        process, = start("train", settings, tmp_path / "log")
+        wait_for(lambda: "process(es) on" in log.read_text(), process)
+        process.join(moments.uniform(0, 4))
+        ended = process.exitcode
         process.kill()
-        hit += process.exitcode is None
         process.join()
-        assert process.exitcode in (0, -9), (tmp_path / "log.0").read_text()[-2000:]
-        print(hit, process.exitcode, checkpoint.newest(settings.output), lines(tmp_path / "run" / "metrics.jsonl"))
-    assert finish(start("train", replace(settings, resume=True), tmp_path / "log"), 600) == [0]
+        assert ended in (None, 0), log.read_text()[-2000:]
+        print(number, "ended" if ended == 0 else "killed", checkpoint.newest(settings.output),
+              lines(tmp_path / "run" / "metrics.jsonl"), *(path.name for path in (tmp_path / "run").rglob("*.tmp")))
+    assert finish(start("train", settings, tmp_path / "log"), 600) == [0]
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "unbroken"))
 
 
