@@ -119,6 +119,8 @@ class Run:
                 saved = json.loads((self.start / "state.json").read_text())
                 self.step, self.bad_steps = saved["step"], saved["bad_steps"]
                 self.compare(saved["config"], saved["files"])
+                if self.step >= config.steps:
+                    self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
             except (OSError, KeyError, json.JSONDecodeError) as error:
                 raise ValueError(f"{self.start}: its state.json cannot be read ({error!r}); delete the folder to go on "
                                  "from the one before") from error

@@ -67,8 +67,10 @@ def test_nothing_is_pickled(folder, monkeypatch):
 
 def test_newest_and_kept(folder):
     policy, optimizer = small(1)
-    for step in (999_999, 1_000_000, 1_000_001):
-        checkpoint.write(folder.with_name(f"step_{step:06d}"), {"step": step}, policy, optimizer, keep=2)
+    for step in (999_999, 1_000_000):
+        checkpoint.write(folder.with_name(f"step_{step:06d}"), {"step": step}, policy, optimizer, keep=9)
+    assert checkpoint.newest(folder.parent.parent).name == "step_1000000"
+    checkpoint.write(folder.with_name("step_1000001"), {"step": 1_000_001}, policy, optimizer, keep=2)
     (folder.parent / "step_1000002.tmp").mkdir()
     assert {path.name for path in folder.parent.iterdir()} == {"step_1000000", "step_1000001", "step_1000002.tmp"}
     assert checkpoint.newest(folder.parent.parent).name == "step_1000001"
