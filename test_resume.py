@@ -132,7 +132,7 @@ def test_torchrun_stopped_and_continued_by_one_process(unbroken, tmp_path):
     process.wait(30)
     text = (tmp_path / "log").read_text()
     stopped = checkpoint.newest(tmp_path / "run")
-    assert text.count("stopping after this step") == text.count("Traceback") == 1, text     # torchrun has one of its own
+    assert text.count("stopping after this step") == text.count("Traceback") == 1, text      # torchrun has its own
     assert stopped and 0 < lines(tmp_path / "run" / "metrics.jsonl") == int(stopped.name[5:]) < 5
     assert not (tmp_path / "run" / "model").exists()
     assert finish(start("train", replace(settings, resume=True), tmp_path / "one")) == [0]
