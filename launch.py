@@ -35,7 +35,7 @@ def command_line(Config, main, doc: str) -> None:
         lost = isinstance(error, RuntimeError) and "onnection " in str(error) and dist.is_initialized()
         if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not lost:
             raise
-        text = "ended because another process of the run did; the cause is above" if lost else str(error)
+        text = "another process of the run ended; its message or torchrun's says why" if lost else str(error)
         print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}  (TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1 if lost else 2)
     except SystemExit as stopped:
