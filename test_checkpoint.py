@@ -3,6 +3,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -163,6 +164,14 @@ def test_what_may_change_is_said(config, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_000003" / "state.json").write_text("{")
     with pytest.raises(ValueError, match="step_000003: its state.json cannot be read .*; delete the folder"):
         checkpoint.Run(replace(config, resume=True))
+
+
+def test_all_stop_when_one_is_asked_to(config, monkeypatch):
+    run, others = checkpoint.Run(config), [False]
+    monkeypatch.setattr(checkpoint.launch, "gather", lambda mine: mine + others)
+    assert not run.finish(0, *small(), Event()) and checkpoint.newest(config.output) is None
+    others[0] = True                                                    # another process got the signal
+    assert run.finish(1, *small(), Event()) and checkpoint.newest(config.output).name == "step_000002"
 
 
 @pytest.mark.parametrize("flags", [{"save_every": -1}, {"keep": 0}, {"max_bad_steps": 0}])
