@@ -1,13 +1,82 @@
-"""A tiny model with random weights and a few made-up videos, shared by the tests."""
+"""Shared by the tests: a tiny model with random weights, a few made-up videos, scripts in processes of their own."""
+import importlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import launch
 import model
 import sft
 import toy
 from video import Clip
 
 torch.set_num_threads(2)
+FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
+FORKS.set_forkserver_preload(["conftest", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: takes minutes, so it runs only when asked for: pytest -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr and not any("::" in arg for arg in config.args):
+        items[:] = [item for item in items if "soak" not in item.keywords]
+
+
+def flags(config) -> list[str]:
+    """The command line that makes a Config of its fields."""
+    return [str(part) for name, value in vars(config).items() if value != ""
+            for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+
+
+def start(script: str, config, log, processes: int = 1, change=None) -> list:
+    """Start train.py or sft.py as torchrun would, in processes that print to the files log.0, log.1, ...; `change`
+    (rank) runs first in each and may put a fault into the code. Returns the processes."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    distributed = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    started = [FORKS.Process(target=child, args=(script, flags(config), f"{log}.{rank}", change, rank, {
+        **distributed, "RANK": str(rank)} if processes > 1 else {})) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def child(script, arguments, log, change, rank, environment):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *arguments]
+    if change:
+        change(rank)
+    module = importlib.import_module(script)
+    launch.command_line(module.Config, module.main, module.__doc__)
+
+
+def torchrun(script: str, processes: int, config, log) -> subprocess.Popen:
+    """The real thing, which takes ten seconds longer."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
+         "--rdzv_endpoint=localhost:0", str(Path(__file__).parent / script), *flags(config)], stdout=open(log, "w"),
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def finish(started: list, seconds: float = 60) -> list[int]:
+    """The exit codes of processes, which must end within `seconds`."""
+    for process in started:
+        process.join(seconds)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return codes
 
 
 @pytest.fixture(scope="session")

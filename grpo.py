@@ -66,7 +66,8 @@ def sample(logits: Tensor, uniform: Tensor | None) -> Tensor:
     if uniform is None:
         return logits.argmax(-1)
     cumulated = logits.double().softmax(-1).cumsum(-1)                                      # (rows, V)
-    return torch.searchsorted(cumulated, uniform[:, None].double() * cumulated[:, -1:], right=True).squeeze(-1)
+    token = torch.searchsorted(cumulated, uniform[:, None].double() * cumulated[:, -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)            # V where logits are not numbers: train.py sees that later
 
 
 @torch.no_grad()

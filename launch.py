@@ -1,9 +1,15 @@
-"""From a command line to `main(config)`: flags, errors of one line, processes, logs. Every script starts through here."""
+"""From a command line to `main(config)`: flags, errors of one line, processes, signals, logs. Every script starts
+through here."""
 import dataclasses
 import json
+import math
 import os
+import signal
 import sys
 import tempfile
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +28,7 @@ def flag(default, help: str):
 
 def command_line(Config, main, doc: str) -> None:
     """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
-    mend) ends with one line and exit code 2."""
+    mend) or a full disk ends with one line and exit code 2, and the loss of another process with one line and 1."""
     parser = HfArgumentParser(Config, description=doc.split("\n\n")[0], allow_abbrev=False,
                               usage="%(prog)s --flag value ...   (--help lists the flags)")
     try:
@@ -30,11 +36,16 @@ def command_line(Config, main, doc: str) -> None:
         if unknown:
             raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
         main(config)
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError) and "onnection " in str(error) and dist.is_initialized()
+        if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not lost:
             raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}  (TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(2)
+        text = "another process of the run ended; its message or torchrun's says why" if lost else str(error)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(text.split())}  (TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1 if lost else 2)
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -58,6 +69,31 @@ def check_output(path: str | Path, flag: str = "--output") -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written to ({error.strerror}); give another folder") from error
+
+
+@contextmanager
+def stop_signals():
+    """An Event that SIGTERM and SIGINT (Ctrl-C) set, so that a run can end after its step. Another one ends the
+    process at once, unless it comes within two seconds: torchrun and a scheduler may both pass on the same one. Only
+    in a main thread, where Python allows it; afterwards signals do what they did before."""
+    asked, since = threading.Event(), []
+
+    def handle(number, frame):
+        since.append(time.monotonic())
+        if asked.is_set() and since[-1] - since[0] > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not asked.is_set() and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step, with a checkpoint for --resume; a second signal ends it now\n")
+        asked.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_process() -> tuple[int, int, str]:
@@ -90,13 +126,34 @@ def whole(norm: torch.Tensor) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
+def not_finite(numbers: dict) -> list[str]:
+    """The names of the numbers that are infinite or not a number."""
+    return [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
+def append(path: str | Path, rows: list[dict]) -> None:
+    """Add rows to a JSON-lines file; numbers that are not finite become null, which JSON has."""
+    rows = [{**row, **dict.fromkeys(not_finite(row))} for row in rows]
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror})") from error
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a file under a temporary name, then rename it, so that nobody ever reads half of it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())     # else a power cut may leave the name without the text
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def write_config(config, folder: str | Path) -> None:

@@ -302,10 +302,15 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
         folder = Path(folder)
         unfinished, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
         shutil.rmtree(unfinished, ignore_errors=True)
-        policy.qwen.save_pretrained(unfinished, state_dict={k.removeprefix("qwen."): v for k, v in weights.items()})
-        encoder.tokenizer.save_pretrained(unfinished)
-        for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
-            shutil.copy(path, unfinished)                                       # for AutoProcessor; not used here
+        try:
+            weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
+            policy.qwen.save_pretrained(unfinished, state_dict=weights)
+            encoder.tokenizer.save_pretrained(unfinished)
+            for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
+                shutil.copy(path, unfinished)                                   # for AutoProcessor; not used here
+        except (SafetensorError, OSError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(f"{folder}: could not be written ({error})") from error
         if folder.exists():         # a folder cannot replace another: whenever this is killed, one of them is whole
             shutil.rmtree(previous, ignore_errors=True)
             os.replace(folder, previous)

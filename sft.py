@@ -9,9 +9,11 @@ as a stronger model's or one's own:
     {"id": "AO8RW:1", "task": "TVG", "completion": "<think>...</think> <answer>0.0 to 6.9</answer>"}
 
 where id is "<video>:<line in the annotation file>". The loss is the mean negative log-probability of the completions'
-tokens, the stop token included. Writes config.json, metrics.jsonl and model/ to --output.
+tokens, the stop token included. Writes config.json, metrics.jsonl, checkpoints/ and model/ to --output; --resume
+continues as in train.py.
 """
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
@@ -21,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import checkpoint
 import data
 import grpo
 import launch
@@ -49,6 +52,12 @@ class Config:
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
+    save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
+                                 "takes 12 bytes a weight, 45 GB for the 3B model")
+    keep: int = flag(2, "checkpoints kept, the newest ones")
+    resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
+    max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss or gradient is not finite; such steps "
+                                  "change nothing")
 
 
 def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[data.Sample, tasks.Task, str]]:
@@ -75,9 +84,10 @@ def main(config: Config) -> None:
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
-                         "workers")
+                         "workers", "keep", "max_bad_steps")
     launch.check_output(config.output)
     model.check(config.model)
+    run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     rows = read_demonstrations(config.demonstrations, samples)
     if not rows:
@@ -86,9 +96,9 @@ def main(config: Config) -> None:
     policy, encoder = model.load(config.model)
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    run.restore(policy, optimizer)
     load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                         total_pixels=config.total_pixels)
-    output = Path(config.output)
 
     def make(row: tuple) -> tuple[model.Prompt, torch.Tensor]:
         sample, task, text = row
@@ -96,49 +106,54 @@ def main(config: Config) -> None:
         return tasks.prepare(sample, task, encoder, load), torch.tensor(target)
 
     if rank == 0:
-        launch.write_config(config, output)
-        (output / "metrics.jsonl").write_text("")
+        launch.write_config(config, run.output)
+        checkpoint.rewind(run.output / "metrics.jsonl", run.step)
         tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
                    f"{len(data.missing(samples))} videos missing")
-        for item in rejected:
-            tqdm.write(f"rejected {item}")
+        for note in (*(f"rejected {item}" for item in rejected), *run.notes):
+            tqdm.write(note)
 
     def prepare(step: int) -> list:
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
         return data.pick_all(rows, share, config.seed, make, config.workers)
 
-    background = ThreadPoolExecutor(1)
-    upcoming = background.submit(prepare, 0)
-    for step in (bar := tqdm(range(config.steps), desc="SFT", disable=rank > 0, dynamic_ncols=True)):
-        began = time.perf_counter()
-        picked = upcoming.result()
-        if step + 1 < config.steps:
-            upcoming = background.submit(prepare, step + 1)                     # decodes while this step computes
-        prompts, targets = zip(*(made for _, made, _ in picked))
-        bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
-        total = sum(launch.gather([sum(map(len, targets))]))                    # tokens, over all processes
-        size, mean = config.per_pass or len(targets), 0.0
-        for i in range(0, len(targets), size):
-            completions = pad_sequence(targets[i:i + size], batch_first=True)[:, None]                  # (B, 1, C)
-            mask = pad_sequence([torch.ones_like(t) for t in targets[i:i + size]], batch_first=True)[:, None]
-            logp = grpo.logprobs(policy, prompts[i:i + size], completions, mask)
-            loss = -logp.sum() / total
-            (loss * world).backward()                                           # FSDP averages, the loss wants the sum
-            mean += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean, norm = sum(launch.gather([mean])), launch.whole(norm)
-        if rank == 0:
-            bar.set_postfix(loss=f"{mean:.3f}")
-            for error in bad:
-                tqdm.write(f"replaced by another sample: {error}")
-            with open(output / "metrics.jsonl", "a") as log:
-                print(json.dumps({"step": step, "loss": mean, "grad_norm": norm, "bad_videos": len(bad),
-                                  "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began}), file=log)
-    model.save(policy, encoder, output / "model")
+    with launch.stop_signals() as stop, ThreadPoolExecutor(1) as background:
+        upcoming = background.submit(prepare, run.step)
+        for step in (bar := tqdm(range(run.step, config.steps), "SFT", initial=run.step, total=config.steps,
+                                 disable=rank > 0, dynamic_ncols=True)):
+            began = time.perf_counter()
+            picked = upcoming.result()
+            if step + 1 < config.steps:
+                upcoming = background.submit(prepare, step + 1)                 # decodes while this step computes
+            prompts, targets = zip(*(made for _, made, _ in picked))
+            bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
+            total = sum(launch.gather([sum(map(len, targets))]))                # tokens, over all processes
+            size, mean = config.per_pass or len(targets), 0.0
+            for i in range(0, len(targets), size):
+                completions = pad_sequence(targets[i:i + size], batch_first=True)[:, None]              # (B, 1, C)
+                mask = pad_sequence([torch.ones_like(t) for t in targets[i:i + size]], batch_first=True)[:, None]
+                logp = grpo.logprobs(policy, prompts[i:i + size], completions, mask)
+                loss = -logp.sum() / total
+                (loss * world).backward()                                       # FSDP averages, the loss wants the sum
+                mean += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
+            numbers = {"loss": sum(launch.gather([mean])), "grad_norm": launch.whole(norm)}
+            if not launch.not_finite(numbers):
+                optimizer.step()
+            optimizer.zero_grad()
+            numbers = run.count(step, numbers)
+            if rank == 0:
+                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
+                for error in bad:
+                    tqdm.write(f"replaced by another sample: {error}")
+                launch.append(run.output / "metrics.jsonl", [{
+                    "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
+                    "seconds": time.perf_counter() - began}])
+            if run.finish(step, policy, optimizer, stop):
+                sys.exit(0)
+        model.save(policy, encoder, run.output / "model")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 """Training end to end on real mp4 files and a tiny real model: GRPO and SFT, on one process and on two."""
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +10,7 @@ import data
 import sft
 import tasks
 import train
-import video
-
-HERE = Path(__file__).parent
-
+from conftest import finish, start
 
 def rows(path):
     return [json.loads(line) for line in open(path)]
@@ -29,22 +22,18 @@ def config(folder, output, **flags):
     return train.Config(output=str(output), **{**common, **flags})
 
 
-def torchrun(script, processes, settings):
-    """Run a script as users do, with a Config's fields as its flags; returns what it printed."""
-    flags = [str(part) for name, value in vars(settings).items() if value != ""
-             for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(HERE / script), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+def assert_about_same_weights(before, one, other):
+    """Whether two runs changed the weights `before` alike; Adam enlarges tiny differences."""
+    assert one.keys() == other.keys() == before.keys()
+    change = lambda weights: torch.cat([(weights[name] - before[name]).flatten() for name in before])
+    assert change(one).abs().max() > 5e-5                   # else the next line would compare the start
+    assert (change(one) - change(other)).norm() < 0.02 * change(one).norm()
 
 
 def test_two_processes_are_one(folder, warm, tmp_path):
     """Same draws, completions, rewards, losses and weights, with two gloo processes (sharded) as with one."""
     train.main(config(folder, tmp_path / "one"))
-    torchrun("train.py", 2, config(folder, tmp_path / "two"))
+    assert finish(start("train", config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 3 and any(row["grad_norm"] > 0 for row in one)
     for a, b in zip(one, two):
@@ -52,12 +41,8 @@ def test_two_processes_are_one(folder, warm, tmp_path):
             assert a[key] == (pytest.approx(b[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else b[key]), key
     texts = [[row["completion"] for row in rows(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
     assert texts[0] == texts[1] and len(texts[0]) == 3 * 2
-    before, after, sharded = (load_file(path / "model.safetensors") for path in
-                              (warm, tmp_path / "one" / "model", tmp_path / "two" / "model"))
-    assert after.keys() == sharded.keys() == before.keys()
-    change = lambda weights: torch.cat([(weights[name] - before[name]).flatten() for name in before])
-    assert change(after).abs().max() > 5e-5                 # else the next line would compare the start
-    assert (change(after) - change(sharded)).norm() < 0.02 * change(after).norm()   # Adam enlarges tiny differences
+    assert_about_same_weights(*(load_file(path / "model.safetensors") for path in
+                                (warm, tmp_path / "one" / "model", tmp_path / "two" / "model")))
 
 
 def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
@@ -89,7 +74,7 @@ def test_micro_batches_are_one_batch(folder, warm, tmp_path):
 
 
 def test_run_says_what_it_did(folder, warm, tmp_path):
-    settings = config(folder, tmp_path / "run", save_every=2)
+    settings = config(folder, tmp_path / "run")
     train.main(settings)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == vars(settings)
     for step, row in enumerate(rows(tmp_path / "run" / "metrics.jsonl")):
@@ -107,7 +92,6 @@ def test_run_says_what_it_did(folder, warm, tmp_path):
         assert row["reward"] == tasks.TASKS[row["task"]].reward(row["completion"], samples[row["id"]]).total
     first = rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["kl"] is None or abs(first["kl"]) < 1e-9               # policy = reference
-    assert (tmp_path / "run" / "step_000002" / "model.safetensors").is_file()
 
 
 def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):
@@ -144,11 +128,10 @@ def test_wrong_flags_are_named(folder, warm, tmp_path, flags, words):
 
 
 def test_command_line_ends_with_one_line(folder, tmp_path):
-    command = [sys.executable, str(HERE / "train.py"), "--model", "nowhere", "--annotations", str(folder / "train.txt"),
-               "--videos", str(folder / "videos"), "--output", str(tmp_path / "run"), "--tvg_prob", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("train.py: nowhere: not a model folder")
+    settings = replace(config(folder, tmp_path / "run"), model="nowhere")
+    assert finish(start("train", settings, tmp_path / "log")) == [2]
+    text = (tmp_path / "log.0").read_text()
+    assert "Traceback" not in text and text.splitlines()[-1].startswith("train.py: nowhere: not a model folder")
 
 
 def sft_config(folder, output, **flags):
@@ -159,7 +142,7 @@ def sft_config(folder, output, **flags):
 
 def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
     sft.main(sft_config(folder, tmp_path / "one", per_pass=2))
-    torchrun("sft.py", 2, sft_config(folder, tmp_path / "two"))
+    assert finish(start("sft", sft_config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two):
         assert (a["loss"], a["grad_norm"]) == (pytest.approx(b["loss"], rel=1e-3), pytest.approx(b["grad_norm"], rel=1e-2))

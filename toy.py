@@ -204,6 +204,8 @@ def main(config: Config) -> dict[str, dict]:
     if config.warm_start:
         model.check(config.warm_start)
     world, small = Path(config.output), config.steps < 20
+    if world.exists() and any(world.iterdir()):
+        raise ValueError(f"--output {world} is not empty; delete it or give another folder")
     world.mkdir(parents=True, exist_ok=True)
     launch.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)

@@ -8,15 +8,17 @@ completions of each, rewards them (Eq. 10, 11), normalises within the group (Eq.
 and the frozen reference, and takes one AdamW step on the loss (Eq. 4).
 
 Writes to --output: config.json, metrics.jsonl (a line a step), samples.jsonl (a completion of each prompt's group,
-with its reward), and the trained model as a Hugging Face folder, model/.
+with its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/.
+
+With --resume the same command continues a run that was killed, and one that has done its --steps writes model/ again:
+`--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.
 
 Departures from the paper: the default learning rate (see Config), no step on a batch whose groups are all flat (see
 take_step), and those that grpo.py, tasks.py, rewards.py and video.py list.
 """
-import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import grpo
 import launch
@@ -63,13 +66,18 @@ class Config:
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
-    save_every: int = flag(0, "also save the model every so many steps, 0 for only at the end")
+    save_every: int = flag(100, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
+                                "takes 12 bytes a weight, 45 GB for the 3B model")
+    keep: int = flag(2, "checkpoints kept, the newest ones")
+    resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
+    max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
+                                  "such steps change nothing")
 
 
 def check(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers")
+                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
@@ -84,6 +92,7 @@ def check(config: Config, world: int) -> None:
 def main(config: Config) -> None:
     rank, world, device = launch.start_process()
     check(config, world)
+    run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     invertible = tasks.with_verb(samples) if config.tvg_prob < 1 else []
     if config.tvg_prob < 1 and not invertible:
@@ -95,16 +104,16 @@ def main(config: Config) -> None:
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0)
+    run.restore(policy, optimizer)
     load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                         total_pixels=config.total_pixels)
-    output = Path(config.output)
     if rank == 0:
-        launch.write_config(config, output)
+        launch.write_config(config, run.output)
         without = f", {len(samples) - len(invertible)} without a verb" if config.tvg_prob < 1 else ""
         tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}, "
                    f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
-        for item in rejected:
-            tqdm.write(f"rejected {item}")
+        for note in (*(f"rejected {item}" for item in rejected), *run.notes):
+            tqdm.write(note)
 
     def prepare(step: int):
         """The step's task, and (index, sample, prompt, errors) of this process's share: every world-th prompt."""
@@ -115,9 +124,11 @@ def main(config: Config) -> None:
         picked = data.pick_all(pool, share, config.seed, make, config.workers)
         return task, [(index, *one) for index, one in zip(share, picked)]
 
-    with ThreadPoolExecutor(1) as background, open_logs(output, rank, config.group_size) as log:
-        upcoming = background.submit(prepare, 0)
-        for step in tqdm(range(config.steps), desc="GRPO", disable=rank > 0, dynamic_ncols=True):
+    with launch.stop_signals() as stop, ThreadPoolExecutor(1) as background:
+        log = open_logs(run.output, rank, config.group_size, run.step)
+        upcoming = background.submit(prepare, run.step)
+        for step in tqdm(range(run.step, config.steps), "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
+                         dynamic_ncols=True):
             began = time.perf_counter()
             task, batch = upcoming.result()
             if step + 1 < config.steps:
@@ -125,12 +136,12 @@ def main(config: Config) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
             parts, completions = sample_step(config, policy, encoder, task, batch)
-            numbers = take_step(config, policy, reference, optimizer, parts, completions, world)
+            numbers = run.count(step, take_step(config, policy, reference, optimizer, parts, completions, world))
             log({"step": step, "task": task.name, **numbers, "lr": optimizer.param_groups[0]["lr"]}, completions,
                 time.perf_counter() - began)
-            if config.save_every and (step + 1) % config.save_every == 0:
-                model.save(policy, encoder, output / f"step_{step + 1:06d}")
-    model.save(policy, encoder, output / "model")
+            if run.finish(step, policy, optimizer, stop):
+                sys.exit(0)
+        model.save(policy, encoder, run.output / "model")
 
 
 def sample_step(config: Config, policy, encoder, task: tasks.Task, batch: list) -> tuple[list, list[dict]]:
@@ -157,11 +168,12 @@ def sample_step(config: Config, policy, encoder, task: tasks.Task, batch: list) 
         passes.append((prompts, rollouts, advantage.to(rollouts.mask.device)))
 
         lengths = rollouts.mask.sum(-1).flatten().tolist()
+        logprobs = (rollouts.logprobs.sum(-1) / rollouts.mask.sum(-1)).flatten().tolist()                   # B * G
         last = rollouts.completions.gather(-1, rollouts.mask.sum(-1, keepdim=True) - 1).flatten().tolist()
         for i, ((index, sample, _, errors), text, score) in enumerate(zip(repeated, texts, scores)):
             rows.append({"index": index, "id": sample.id, "query": sample.query, "completion": text,
                          "reward": score.total, **score.parts, "advantage": advantage.flatten()[i].item(),
-                         "tokens": lengths[i], "truncated": last[i] not in encoder.stop_ids,
+                         "tokens": lengths[i], "logprob": logprobs[i], "truncated": last[i] not in encoder.stop_ids,
                          "bad_videos": [str(error) for error in errors] if i % config.group_size == 0 else []})
     model.gathered(policy, False)
     return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
@@ -171,14 +183,14 @@ def take_step(config: Config, policy, reference, optimizer, passes: list, rows: 
     """One AdamW step on what `sample_step` returned; returns the numbers of the step for the log.
 
     When every group is flat there is nothing to learn, and no step: Adam would take one of full size on the tiny
-    gradient of the KL term.
+    gradient of the KL term. Nor is there one when a number is not finite; all processes see the same numbers.
     """
     mean = lambda key: float(np.mean([row[key] for row in rows]))
     names = [name for name in ("format", "iou", "vc", "ar", "vd") if name in rows[0]]
     groups = np.array([row["advantage"] for row in rows]).reshape(-1, config.group_size)
     flat = float((groups == 0).all(1).mean())
     numbers = {"reward": mean("reward"), **{name: mean(name) for name in names}, "tokens": mean("tokens"),
-               "truncated": mean("truncated"), "flat": flat}
+               "logprob": mean("logprob"), "truncated": mean("truncated"), "flat": flat}
     if flat == 1:
         return {**numbers, "kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}
 
@@ -193,35 +205,41 @@ def take_step(config: Config, policy, reference, optimizer, passes: list, rows: 
         (loss * world).backward()       # FSDP averages the gradients over the processes; the loss wants their sum
         sums += torch.stack([loss.detach(), kl, (logp.detach() - rollouts.logprobs).abs().sum()]).cpu()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
     loss, kl, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
-    return {**numbers, "kl": kl, "loss": loss, "mismatch": mismatch / sum(row["tokens"] for row in rows),
-            "grad_norm": launch.whole(norm)}
+    numbers |= {"kl": kl, "loss": loss, "mismatch": mismatch / sum(row["tokens"] for row in rows),
+                "grad_norm": launch.whole(norm)}
+    if not launch.not_finite(numbers):
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers
 
 
-@contextmanager
-def open_logs(output: Path, rank: int, group_size: int):
+def open_logs(output: Path, rank: int, group_size: int, step: int):
     """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
-    samples.jsonl, and once the name of every video that had to be replaced; only the first process writes."""
+    samples.jsonl, and once the name of every video that had to be replaced; only the first process writes. What an
+    earlier run wrote from `step` on is taken out first."""
     if rank > 0:
-        yield lambda *_: None
-        return
+        return lambda *_: None
     named = set()
-    with open(output / "metrics.jsonl", "w") as metrics, open(output / "samples.jsonl", "w") as samples:
-        def log(numbers: dict, rows: list[dict], seconds: float) -> None:
-            bad = [error for row in rows for error in row.pop("bad_videos")]
-            numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,
-                       "tokens_per_second": sum(row["tokens"] for row in rows) / seconds}
-            print(json.dumps(numbers), file=metrics, flush=True)
-            for row in rows[::group_size]:
-                print(json.dumps({"step": numbers["step"], "task": numbers["task"], **row}), file=samples, flush=True)
-            tqdm.write("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                                 for key, value in numbers.items()))
-            for error in sorted(set(bad) - named):
-                tqdm.write(f"replaced by another sample: {error}")
-            named.update(bad)
-        yield log
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        checkpoint.rewind(output / name, step)
+
+    def log(numbers: dict, rows: list[dict], seconds: float) -> None:
+        bad = [error for row in rows for error in row.pop("bad_videos")]
+        skipped = launch.not_finite(numbers)
+        numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,
+                   "tokens_per_second": sum(row["tokens"] for row in rows) / seconds}
+        launch.append(output / "metrics.jsonl", [numbers])
+        launch.append(output / "samples.jsonl", [{"step": numbers["step"], "task": numbers["task"], **row}
+                                                 for row in rows[::group_size]])
+        tqdm.write("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                             for key, value in numbers.items()))
+        if skipped:
+            tqdm.write(f"step {numbers['step']} changes nothing: {', '.join(skipped)} not finite")
+        for error in sorted(set(bad) - named):
+            tqdm.write(f"replaced by another sample: {error}")
+        named.update(bad)
+    return log
 
 
 if __name__ == "__main__":

@@ -305,6 +305,7 @@ class Worker:
 
 def serve(number):
     """The worker: answers requests on socket `number` until its other end is closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # a scheduler sends it to all processes; the caller may need more frames
     with socket.socket(fileno=number) as connection, connection.makefile("rb") as requests:
         connection.sendall(b"ready\n")
         for line in requests:

@@ -1,0 +1,181 @@
+"""Checkpoints of a training run, from which `--resume` continues it wherever it was killed.
+
+    OUTPUT/checkpoints/step_000100/     after 100 steps: the policy's weights and AdamW's averages in safetensors
+                                        files, some for each process, and state.json: next step, counters, config
+    OUTPUT/checkpoints/step_000100.tmp  is being written, or was when the run was killed; the next one deletes it
+
+A folder gets its name when all processes have written it, so what has a name is whole. torch.distributed.checkpoint
+cuts the tensors anew for any number of processes (several nodes need a shared OUTPUT). Nothing is pickled. What a run
+draws follows from seed and step, so no random state is kept; the reference comes from --model again.
+"""
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+import launch
+
+MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
+              "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
+              "checkpoint_activations"}     # of a resumed run
+TENSORS_A_FILE = 64     # a file is put together in memory
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
+
+
+def tensors(policy, optimizer) -> dict[str, Tensor]:
+    """All that training changes, by name: the parameters, and AdamW's state of those that it has stepped on."""
+    named = dict(policy.named_parameters())
+    return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
+
+
+def newest(output: str | Path) -> Path | None:
+    """The whole checkpoint of a run that has most steps, or None."""
+    folders = [f for f in Path(output, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name)]
+    return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
+    """Write a checkpoint, then delete all but the newest `keep`; every process calls it. Raises OSError."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    unfinished = folder.with_name(folder.name + ".tmp")
+    if first:
+        discard(*folder.parent.glob("*.tmp"), folder)
+    content = tensors(policy, optimizer)
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True, fqn_to_index_mapping={
+        name: 1 + i // TENSORS_A_FILE for i, name in enumerate(content)})
+    try:
+        dcp.save(content, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:        # every process gets it, whichever failed
+        if first:
+            discard(unfinished)
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(f"{folder}: could not be written ({cause}); mend that, then go on with --resume from "
+                      f"{newest(folder.parent.parent) or 'the beginning'}") from error
+    if first:
+        launch.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
+        os.replace(unfinished, folder)
+        old = sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[:-keep]
+        discard(*old)
+    launch.gather([])       # nobody goes on, or ends, before it has its name
+
+
+def discard(*folders: Path) -> None:
+    """Delete checkpoints; a half deleted one has no name of a whole one."""
+    for folder in folders:
+        if folder.exists():
+            rest = folder.with_suffix(".tmp")
+            os.replace(folder, rest)
+            shutil.rmtree(rest)
+
+
+def read(folder: Path, policy, optimizer) -> None:
+    """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        for name, p in policy.named_parameters():
+            if f"{name}.exp_avg" in stored:             # AdamW has none before its first step
+                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+        dcp.load(tensors(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, SafetensorError, OSError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise ValueError(f"{folder}: does not fit --model or is damaged ({cause}); give the model it was made from, or "
+                         "delete it to go on from the one before") from error
+
+
+class Run:
+    """A training run in its output folder: where it starts, which steps were bad, when a checkpoint is due.
+
+    Uses the fields model, annotations, output, steps, save_every, keep, resume and max_bad_steps of `config`.
+    """
+
+    def __init__(self, config):
+        """Look at the output folder before anything is loaded. Raises ValueError when it is in use, or when the
+        checkpoint in it was made with other flags."""
+        self.config, self.output, self.notes = config, Path(config.output), []
+        for name, least in (("save_every", 0), ("keep", 1), ("max_bad_steps", 1)):
+            if getattr(config, name) < least:
+                raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+        in_use = self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+        in_use, self.start = launch.gather([(in_use, newest(self.output))])[0]  # nobody writes before all have looked
+        if in_use and not config.resume:
+            raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
+                             "another folder")
+        self.step, self.bad_steps, self.bad_in_a_row = 0, 0, []                 # the next step; what was skipped
+        files = [Path(config.annotations), *sorted(Path(config.model).glob("*.safetensors"))]
+        self.files = {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files if f.exists()}
+        if self.start:
+            try:
+                saved = json.loads((self.start / "state.json").read_text())
+                self.step, self.bad_steps = saved["step"], saved["bad_steps"]
+                self.compare(saved["config"], saved["files"])
+                if self.step >= config.steps:
+                    self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
+            except (OSError, KeyError, json.JSONDecodeError) as error:
+                raise ValueError(f"{self.start}: its state.json cannot be read ({error!r}); delete the folder to go on "
+                                 "from the one before") from error
+
+    def compare(self, config: dict, files: dict) -> None:
+        for name, now in asdict(self.config).items():
+            before = config.get(name, now)
+            if before != now and name not in MAY_CHANGE:
+                raise ValueError(f"--{name} {now}: {self.start} was made with {before}; give the same flag to "
+                                 "--resume, or start in another --output")
+            if before != now and name != "resume":
+                self.notes.append(f"--{name} was {before}, is {now} from step {self.step} on")
+        self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
+                       for name in self.files if files.get(name) != self.files[name]]
+
+    def restore(self, policy, optimizer) -> None:
+        if self.start:
+            read(self.start, policy, optimizer)
+
+    def count(self, step: int, numbers: dict) -> dict:
+        """The numbers of a step, and how many steps so far were skipped because such numbers were not finite."""
+        bad = launch.not_finite(numbers)
+        if bad:
+            self.bad_steps += 1
+            self.bad_in_a_row.append(f"{' and '.join(bad)} in step {step}")
+        elif numbers["loss"] is not None:       # a step that is left out because its groups are flat proves nothing
+            self.bad_in_a_row = []
+        return {**numbers, "bad_steps": self.bad_steps}
+
+    def finish(self, step: int, policy, optimizer, stop) -> bool:
+        """After each step, by every process: write a checkpoint when one is due. True when the run is to stop, because
+        a signal has set the event `stop` in any process. Raises ValueError after too many bad steps in a row."""
+        self.step = step + 1
+        if len(self.bad_in_a_row) >= self.config.max_bad_steps:
+            back = newest(self.output)
+            raise ValueError(f"not finite: {', '.join(self.bad_in_a_row)}; that is --max_bad_steps "
+                             f"{self.config.max_bad_steps} in a row. " + (
+                                 f"Go back to {back} with --resume and a lower --learning_rate, or further by deleting "
+                                 "it" if back else "There is no checkpoint yet; try a lower --learning_rate"))
+        stopping = any(launch.gather([stop.is_set()]))
+        every = self.config.save_every
+        due = stopping or self.step == self.config.steps or every and self.step % every == 0
+        if due and not self.bad_in_a_row:       # so that the newest one is from before the trouble
+            state = {"step": self.step, "bad_steps": self.bad_steps, "files": self.files,
+                     "config": asdict(self.config)}
+            write(self.output / "checkpoints" / f"step_{self.step:06d}", state, policy, optimizer, self.config.keep)
+        return stopping
+
+
+def rewind(path: str | Path, step: int) -> None:
+    """Keep the lines of a log that steps before `step` wrote; those after it will be written again."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else ():
+        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            break
+        lines.append(line)
+    launch.write_whole(path, "".join(lines))

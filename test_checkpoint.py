@@ -1,0 +1,190 @@
+"""Checkpoints: to the bit, whole or not at all, for any number of processes, and only for the run that wrote them."""
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import checkpoint
+import train
+from conftest import FORKS, finish
+
+
+def small(steps=0, seed=0, hidden=5):
+    """A model, its second layer with fewer rows than there are processes, its third frozen, and its optimizer."""
+    torch.manual_seed(seed)
+    policy = nn.Sequential(nn.Linear(3, hidden), nn.Linear(hidden, 1), nn.Linear(1, 2).requires_grad_(False))
+    if dist.is_initialized():
+        fully_shard(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    for step in range(steps):
+        policy(torch.ones(2, 3) + step).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy, optimizer
+
+
+def whole(policy, optimizer):
+    return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+            for name, value in checkpoint.tensors(policy, optimizer).items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints" / "step_000003"
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_all_comes_back_to_the_bit(folder, steps):
+    one = small(steps)
+    checkpoint.write(folder, {"step": steps}, *one, keep=1)
+    other = small(seed=1)
+    checkpoint.read(folder, *other)
+    assert equal(whole(*one), whole(*other)) and len(whole(*one)) == (6 if steps == 0 else 6 + 4 * 3)
+    for policy, optimizer in (one, other):                  # and goes on alike
+        policy(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert equal(whole(*one), whole(*other))
+
+
+def test_nothing_is_pickled(folder, monkeypatch):
+    for owner, name in ((pickle, "dump"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "save"),
+                        (torch, "load")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a pickle"))
+    checkpoint.write(folder, {"step": 3}, *small(3), keep=1)
+    checkpoint.read(folder, *small())
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_newest_and_kept(folder):
+    policy, optimizer = small(1)
+    for step in (999_999, 1_000_000):
+        checkpoint.write(folder.with_name(f"step_{step:06d}"), {"step": step}, policy, optimizer, keep=9)
+    assert checkpoint.newest(folder.parent.parent).name == "step_1000000"
+    checkpoint.write(folder.with_name("step_1000001"), {"step": 1_000_001}, policy, optimizer, keep=2)
+    (folder.parent / "step_1000002.tmp").mkdir()
+    assert {path.name for path in folder.parent.iterdir()} == {"step_1000000", "step_1000001", "step_1000002.tmp"}
+    assert checkpoint.newest(folder.parent.parent).name == "step_1000001"
+    assert checkpoint.newest(folder) is None
+    checkpoint.write(folder.with_name("step_1000003"), {}, policy, optimizer, keep=9)
+    assert not (folder.parent / "step_1000002.tmp").exists()
+
+
+def damage(folder):
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def lose(folder):
+    next(folder.glob("*.safetensors")).unlink()
+
+
+@pytest.mark.parametrize("change, hidden", [(damage, 5), (lose, 5), (lambda folder: None, 6)])
+def test_damaged_or_of_another_model(folder, change, hidden):
+    checkpoint.write(folder, {}, *small(1), keep=1)
+    change(folder)
+    with pytest.raises(ValueError, match="step_000003: does not fit --model or is damaged .*; give the model"):
+        checkpoint.read(folder, *small(hidden=hidden))
+
+
+def two_ranks(rank, folder):
+    """Write a checkpoint with two processes, and read the one that one process wrote."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    checkpoint.write(folder / "checkpoints" / "step_000004", {}, *small(3), keep=9)
+    other = small(seed=1)
+    checkpoint.read(folder / "checkpoints" / "step_000003", *other)
+    torch.save(whole(*other), folder / f"read_by_{rank}")
+    dist.destroy_process_group()
+
+
+def test_any_number_of_processes(folder, tmp_path):
+    checkpoint.write(folder, {}, *small(3), keep=9)
+    started = [FORKS.Process(target=two_ranks, args=(rank, tmp_path)) for rank in range(2)]
+    for process in started:
+        process.start()
+    assert finish(started) == [0, 0]
+    one = small(seed=1)
+    checkpoint.read(tmp_path / "checkpoints" / "step_000004", *one)
+    expected = whole(*small(3))
+    for found in (whole(*one), *(torch.load(tmp_path / f"read_by_{rank}", weights_only=True) for rank in range(2))):
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "train.txt").write_text("A 0.0 1.0##a person sits.\n")
+    return train.Config(model=str(tmp_path / "model"), annotations=str(tmp_path / "train.txt"), videos="videos",
+                        output=str(tmp_path / "run"))
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_loaded(config, tmp_path):
+    checkpoint.Run(config)                                              # there is none yet
+    (tmp_path / "run").mkdir()
+    checkpoint.Run(config)                                              # it is empty
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="--output .*run is not empty; give --resume"):
+        train.main(config)                                              # its model does not exist
+    with pytest.raises(ValueError, match="--output .*train.txt is not empty"):
+        checkpoint.Run(replace(config, output=config.annotations))
+    assert checkpoint.Run(replace(config, resume=True)).step == 0       # where no checkpoint is, --resume begins
+
+
+def save(config):
+    state = {"step": 3, "bad_steps": 1, "files": checkpoint.Run(config).files, "config": vars(config)}
+    checkpoint.write(Path(config.output) / "checkpoints" / "step_000003", state, *small(), keep=1)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ({"seed": 5}, "--seed 5: .*step_000003 was made with 0;"), ({"group_size": 4}, "--group_size 4: .* made with 8"),
+    ({"tasks": ["VC"]}, r"--tasks \['VC'\]: .* made with"), ({"model": "other"}, "--model other: .* made with ")])
+def test_only_the_same_run_goes_on(config, flags, words):
+    save(config)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.Run(replace(config, resume=True, **flags))
+
+
+def test_what_may_change_is_said(config, tmp_path):
+    save(config)
+    run = checkpoint.Run(replace(config, resume=True))
+    assert (run.step, run.bad_steps, run.notes) == (3, 1, [])
+    (tmp_path / "train.txt").write_text("")
+    notes = checkpoint.Run(replace(config, resume=True, learning_rate=1e-7, steps=9)).notes
+    assert [note.split()[0] for note in notes] == ["--steps", "--learning_rate", "train.txt"] and "1e-07" in notes[1]
+    (tmp_path / "run" / "checkpoints" / "step_000003" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="step_000003: its state.json cannot be read .*; delete the folder"):
+        checkpoint.Run(replace(config, resume=True))
+
+
+def test_all_stop_when_one_is_asked_to(config, monkeypatch):
+    run, others = checkpoint.Run(config), [False]
+    monkeypatch.setattr(checkpoint.launch, "gather", lambda mine: mine + others)
+    assert not run.finish(0, *small(), Event()) and checkpoint.newest(config.output) is None
+    others[0] = True                                                    # another process got the signal
+    assert run.finish(1, *small(), Event()) and checkpoint.newest(config.output).name == "step_000002"
+
+
+@pytest.mark.parametrize("flags", [{"save_every": -1}, {"keep": 0}, {"max_bad_steps": 0}])
+def test_wrong_flags_are_named(config, flags):
+    with pytest.raises(ValueError, match=f"--{next(iter(flags))} "):
+        checkpoint.Run(replace(config, **flags))
+
+
+@pytest.mark.parametrize("step, kept", [(0, 0), (2, 2), (3, 3), (9, 3)])
+def test_logs_lose_what_will_be_written_again(tmp_path, step, kept):
+    rows = [json.dumps({"step": i}) + "\n" for i in range(3)]
+    (tmp_path / "log").write_text("".join(rows) + '{"step": 3, "los')
+    checkpoint.rewind(tmp_path / "log", step)
+    assert (tmp_path / "log").read_text() == "".join(rows[:kept])
+    checkpoint.rewind(tmp_path / "none", step)
+    assert (tmp_path / "none").read_text() == ""
