@@ -16,13 +16,13 @@ Choices the paper leaves open, or departures from it:
 4. One update per rollout, so pi_old is pi itself, the ratio is 1 and there is nothing to clip; the ratio stays in
    the loss because its gradient is the policy gradient.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from model import Policy, Prompt
+from attention import Decoding, Packed
+from model import MERGE, Policy, Prompt
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,28 @@ class Rollouts:
     logprobs: Tensor        # (B, G, C) log-probability of each token as it was sampled; 0 after the end
 
 
-def left_pad(prompts: list[Prompt], device) -> dict[str, Tensor]:
-    """Prompts of different lengths as one batch that ends at the same column P: ids (B, P), positions (3, B, P),
-    valid (B, P), and all videos' patches one after the other."""
-    length = max(len(p.ids) for p in prompts)
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    positions = torch.zeros(3, len(prompts), length, dtype=torch.long)
-    valid = torch.zeros(len(prompts), length, dtype=torch.bool)
-    for row, p in enumerate(prompts):
-        ids[row, -len(p.ids):], positions[:, row, -len(p.ids):], valid[row, -len(p.ids):] = p.ids, p.positions, True
-    batch = dict(ids=ids, positions=positions, valid=valid, patches=torch.cat([p.patches for p in prompts]),
-                 grid=torch.stack([p.grid for p in prompts]))
+def pack(policy: Policy, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Prompts of any lengths one after the other, without padding: ids (N,), positions (3, N), and their videos."""
+    device = next(policy.parameters()).device
+    batch = dict(ids=torch.cat([p.ids for p in prompts]), positions=torch.cat([p.positions for p in prompts], dim=1))
+    if prompts[0].video is not None:
+        batch["video"] = torch.cat([p.video for p in prompts])
+    else:
+        batch.update(patches=torch.cat([p.patches for p in prompts]), grid=torch.stack([p.grid for p in prompts]))
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts with their videos run through the vision tower, without gradient, each different video once."""
+    if prompts[0].video is not None:
+        return prompts
+    different = list({id(p.patches): p for p in prompts}.values())
+    batch = pack(policy, different)
+    features = policy(patches=batch["patches"], grid=batch["grid"])
+    sizes = [len(p.patches) // MERGE ** 2 for p in different]
+    of = {id(p.patches): part for p, part in zip(different, features.split(sizes))}
+    return [replace(p, video=of[id(p.patches)]) for p in prompts]
 
 
 def sample(logits: Tensor, uniform: Tensor | None) -> Tensor:
@@ -63,37 +73,49 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
     A prompt's completions depend on its own generator (one a prompt, on the CPU) and not on what else is in the
     batch. A completion ends with the first of `stop_ids`, or unfinished after `max_tokens`.
     """
-    device = next(policy.parameters()).device
-    batch = left_pad(prompts, device)
-    valid, length = batch.pop("valid"), batch["ids"].shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    looks = causal & valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)    # (B, P, P)
-    cache = DynamicCache(config=policy.qwen.config.text_config)
-    logits = policy(**batch, mask=looks[:, None], cache=cache, temperature=temperature)     # (B, V)
+    prompts = see(policy, prompts)
+    batch, lengths = pack(policy, prompts), [len(p.ids) for p in prompts]
+    device, rows = batch["ids"].device, len(prompts) * group_size
+    layout = Packed(lengths, keep=True, device=device)
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits = policy(**batch, layout=layout, at=ends, temperature=temperature).repeat_interleave(group_size, 0)
+    layout = Decoding(layout, group_size)
 
-    cache.batch_repeat_interleave(group_size)
-    logits = logits.repeat_interleave(group_size, 0)                                        # (B * G, V)
-    valid = valid.repeat_interleave(group_size, 0)                                          # (B * G, P)
-    position = (batch["positions"].amax((0, 2)) + 1).repeat_interleave(group_size)          # (B * G,)
-    rows = len(prompts) * group_size
+    position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device).repeat_interleave(group_size)
     uniform = None
     if generators is not None:
         uniform = torch.cat([torch.rand(group_size, max_tokens, generator=g) for g in generators]).to(device)
     completions = torch.zeros(rows, max_tokens, dtype=torch.long, device=device)            # (B * G, C)
     mask, logprobs = torch.zeros_like(completions), torch.zeros(rows, max_tokens, device=device)
     stop = torch.tensor(stop_ids, device=device)
-    running = torch.ones(rows, dtype=torch.bool, device=device)
+    row = torch.arange(rows, device=device)     # rows that are still computed, as many of each prompt
+    running = torch.ones(rows, dtype=torch.bool, device=device)                             # of these
     for c in range(max_tokens):
-        token = sample(logits, None if uniform is None else uniform[:, c]) * running
-        completions[:, c], mask[:, c] = token, running
-        logprobs[:, c] = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).masked_fill(~running, 0)
+        token = sample(logits, None if uniform is None else uniform[row, c]) * running
+        completions[row, c], mask[row, c] = token, running.long()
+        logprobs[row, c] = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).float().masked_fill(~running, 0)
         running = running & ~torch.isin(token, stop)
         if c + 1 == max_tokens or not running.any():
             break
-        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)                    # (B * G, P + c + 1)
-        logits = policy(token[:, None], (position + c).expand(3, -1)[..., None], valid[:, None, None], cache=cache,
-                        temperature=temperature)
+        kept = worth_keeping(running.view(-1, layout.rows))
+        if kept is not None:
+            groups, chosen = kept
+            layout.keep(groups, chosen)
+            row, running, token = row[chosen], running[chosen], token[chosen]
+        logits = policy(token, (position[row] + c).expand(3, -1), layout, temperature=temperature)
+        layout.tokens += 1
     return Rollouts(*(x[:, :c + 1].view(len(prompts), group_size, c + 1) for x in (completions, mask, logprobs)))
+
+
+def worth_keeping(running: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(prompts, rows) to go on with, of running (B, R): prompts with a running row, as many rows of each as the one
+    with most. None while that leaves more than 3/4 of the rows, since dropping copies the keys and values."""
+    per_prompt = running.sum(1)
+    groups, most = per_prompt.nonzero()[:, 0], int(per_prompt.max())
+    if len(groups) * most > 0.75 * running.numel():
+        return None
+    chosen = running[groups].long().argsort(dim=1, descending=True, stable=True)[:, :most]      # running ones first
+    return groups, (chosen + groups[:, None] * running.shape[1]).flatten()
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -108,29 +130,21 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Tensor, mask: T
 
     One packed sequence of P + G * C tokens a group; logits only where the mask is 1.
     """
-    (groups, size, tokens), device = completions.shape, next(policy.parameters()).device
-    batch = left_pad(prompts, device)
-    valid, length = batch.pop("valid"), batch["ids"].shape[1]
-    completions, mask = completions.to(device), mask.to(device)
+    batch, lengths, sizes = pack(policy, prompts), [len(p.ids) for p in prompts], mask.sum(-1)      # sizes (B, G)
+    device = batch["ids"].device
+    completions, chosen = completions.to(device), mask.to(device).bool()
+    layout = Packed(lengths, sizes.tolist(), device=device)
+    after = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)                # (B,)
+    after = (after[:, None, None] + torch.arange(mask.shape[-1], device=device)).expand(mask.shape)[chosen]
+    targets = completions[chosen]                                                           # (n,), all groups'
+    batch["ids"] = torch.cat([batch["ids"], targets])                                       # (N,)
+    batch["positions"] = torch.cat([batch["positions"], after.expand(3, -1)], dim=1)        # (3, N)
 
-    # The token at column P + g * C + c belongs to completion g + 1; prompt tokens belong to 0.
-    owner = torch.cat([torch.zeros(length, dtype=torch.long), torch.arange(size).repeat_interleave(tokens) + 1])
-    owner = owner.to(device)                                                                # (P + G * C,)
-    same = (owner[:, None] == owner) | (owner == 0)                                         # may i look at j at all?
-    causal = torch.ones_like(same).tril()
-    real = torch.cat([valid, mask.flatten(1).bool()], dim=1)                                # (B, P + G * C)
-    looks = same & causal & real[:, None] | torch.eye(len(owner), dtype=torch.bool, device=device)
-    start = batch["positions"].amax((0, 2))[:, None] + 1                                    # (B, 1)
-    after = start + torch.arange(tokens, device=device).repeat(size)                        # (B, G * C)
-    batch["ids"] = torch.cat([batch["ids"], completions.flatten(1)], dim=1)                 # (B, P + G * C)
-    batch["positions"] = torch.cat([batch["positions"], after.expand(3, -1, -1)], dim=2)    # (3, B, P + G * C)
-
-    # A completion's first token is predicted at the prompt's last column, the others one column before their own.
-    at = length - 1 + torch.arange(size * tokens, device=device).view(size, tokens)         # (G, C)
-    at[:, 0] = length - 1
-    at = at + len(owner) * torch.arange(groups, device=device)[:, None, None]               # (B, G, C), flat
-    chosen = mask.bool()
-    scores = policy(**batch, mask=looks[:, None], at=at[chosen], targets=completions[chosen], temperature=temperature)
+    # A completion's first token is predicted behind the prompt, the others behind the token before them.
+    before = torch.zeros_like(completions)
+    before[chosen] = torch.arange(len(targets), device=device) + sum(lengths) - 1
+    before[..., 0] = torch.tensor(lengths, device=device).cumsum(0)[:, None] - 1
+    scores = policy(**batch, layout=layout, at=before[chosen], targets=targets, temperature=temperature)    # (n,)
     return torch.zeros(mask.shape, dtype=scores.dtype, device=device).masked_scatter(chosen, scores)
 
 

@@ -1,14 +1,13 @@
 """Qwen2.5-VL: load it, encode a text with its clip, run it, shard it, save it.
 
-The whole project calls the model through `Policy.forward`, with token ids, positions and an attention mask
+The whole project calls the model through `Policy.forward`, with token ids, positions and a layout of the attention
 that this project computes itself:
 
 - positions: multimodal rotary positions as Qwen2.5-VL was trained with them. On the time axis a patch is at
   floor(t * seconds_per_grid * tokens_per_second), on the others at its row and column; text after the video
   starts at the largest position in the video + 1. transformers >= 5.3 places that text elsewhere, so its own
   positions are never used.
-- mask: True where a token may look, (B, 1, L, past + L). grpo.py packs the G completions of one prompt into one
-  sequence with it.
+- layout: which tokens see which. attention.py packs the G completions of one prompt into one sequence with it.
 
 Departures from transformers: patches are cut here (20 lines) because the library's video processor needs torchvision
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
@@ -18,6 +17,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+import attention
+from attention import Decoding, Packed
 from video import Clip
 
 PATCH, MERGE = 14, 2            # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
@@ -52,12 +54,15 @@ class Prompt:
     positions: Tensor   # (3, P) time, row and column
     patches: Tensor     # (N, 1176) normalised pixels, N = t * h * w
     grid: Tensor        # (3,) t, h, w in patches
+    video: Tensor | None = None     # (video tokens, H) what a vision tower made of the patches, once it has run
 
 
+@lru_cache(maxsize=2)
 def cut_patches(frames: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 frames (T, 3, H, W), T even, H and W multiples of 28 -> patches (N, 1176) and grid (3,).
 
-    The patches of one 2 x 2 block follow each other, since the vision tower merges four in a row into a token.
+    The patches of one 2 x 2 block follow each other, since the vision tower merges four in a row into a token. The
+    queries of one clip share one tensor, by which grpo.see knows them.
     """
     t, c, height, width = frames.shape
     h, w = height // PATCH, width // PATCH
@@ -124,39 +129,45 @@ class Policy(nn.Module):
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """(n, hidden size) -> logits (n, V) of the distribution that is sampled from and scored, at least fp32."""
         logits = self.qwen.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1:
+            logits = logits / temperature
         return logits.index_fill(-1, torch.tensor(self.forbidden, device=logits.device), -torch.inf)
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         return -F.cross_entropy(self.logits(hidden, temperature), targets, reduction="none")        # (n,)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, patches: Tensor | None = None,
-                grid: Tensor | None = None, cache=None, at: Tensor | None = None, targets: Tensor | None = None,
-                temperature: float = 1.0) -> Tensor:
-        """One pass over ids (B, L), positions (3, B, L), mask (B, 1, L, past + L) and the videos of all rows,
-        patches (sum of N, 1176) and grid (B, 3).
+    def forward(self, ids: Tensor | None = None, positions: Tensor | None = None, layout: Packed | Decoding | None = None,
+                patches: Tensor | None = None, grid: Tensor | None = None, video: Tensor | None = None,
+                at: Tensor | None = None, targets: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """One pass over the tokens ids (N,) with positions (3, N), which see each other as `layout` says. Their
+        videos come as patches (n, 1176) and grid (videos, 3), or as what the vision tower made of them, video
+        (video tokens, H); without ids only that is returned.
 
-        Without `targets`: logits (B, V) after the last token. With them: log-probabilities (n,) of the tokens
-        `targets` (n,), each predicted at the flat index `at` (n,) into B * L. The vocabulary's logits are made a
-        chunk of tokens at a time, and again in the backward pass, so that n x V is never held whole.
+        Without `targets`: logits (n, V) behind the tokens `at` (n,). With them: log-probabilities (n,) of the tokens
+        `targets` (n,), each predicted behind token `at`. The vocabulary's logits are made a chunk of tokens at a time,
+        and again in the backward pass, so that n x V is never held whole.
         """
-        embeds = self.qwen.get_input_embeddings()(ids)                                              # (B, L, H)
         if patches is not None:
             visual = self.qwen.model.visual
             video = visual(patches.to(visual.dtype), grid_thw=grid).pooler_output                   # (tokens, H)
-            pads = (ids == self.qwen.config.video_token_id)[..., None]
+            if ids is None:
+                return video
+        embeds = self.qwen.get_input_embeddings()(ids)                                              # (N, H)
+        if video is not None:
+            pads = (ids == self.qwen.config.video_token_id)[:, None]
             embeds = embeds.masked_scatter(pads, video.to(embeds.dtype))
         hidden = self.qwen.model.language_model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": mask},
-            past_key_values=cache, use_cache=cache is not None).last_hidden_state                   # (B, L, H)
+            inputs_embeds=embeds[None], position_ids=positions[:, None], attention_mask={"full_attention": layout},
+            use_cache=False).last_hidden_state[0]                                                   # (N, H)
+        hidden = hidden if at is None else hidden.index_select(0, at)                               # (n, H)
         if targets is None:
-            return self.logits(hidden[:, -1], temperature)
-        hidden = hidden.flatten(0, 1)[at]                                                           # (n, H)
+            return self.logits(hidden, temperature)
         size = max(1, LOGITS_AT_ONCE // self.qwen.lm_head.out_features)
-        chunks = zip(hidden.split(size), targets.split(size))
         if len(targets) <= size:
             return self.token_logprobs(hidden, targets, temperature)
-        return torch.cat([checkpoint(self.token_logprobs, h, y, temperature, use_reentrant=False) for h, y in chunks])
+        return torch.cat([checkpoint(self.token_logprobs, h, y, temperature, use_reentrant=False)
+                          for h, y in zip(hidden.split(size), targets.split(size))])
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Policy, Encoder]:
@@ -177,6 +188,8 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
                                                                   attn_implementation="sdpa").to(device)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
+    qwen.model.language_model.config._attn_implementation = attention.TEXT
+    qwen.model.visual.config._attn_implementation = attention.VISION
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:

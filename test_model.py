@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 import grpo
 import model
+from attention import Packed
 from video import Clip
 
 PAD = 99
@@ -232,8 +233,7 @@ def test_a_folder_as_published(tied, tmp_path):
     assert ("lm_head.weight" in stored) != tied
     length = len(prompt.ids)
     with torch.no_grad():
-        ours = policy(prompt.ids[None], prompt.positions[:, None], torch.ones(1, 1, length, length).tril().bool(),
-                      prompt.patches, prompt.grid[None])[0]                                             # (V,)
+        ours = policy(prompt.ids, prompt.positions, Packed([length]), prompt.patches, prompt.grid[None])[-1]   # (V,)
         for folder in ("qwen", "saved"):
             plain = AutoModelForImageTextToText.from_pretrained(tmp_path / folder, dtype=torch.float32)
             theirs = plain(input_ids=prompt.ids[None], position_ids=prompt.positions[:, None], attention_mask=torch.ones(1, length),

@@ -1,0 +1,140 @@
+"""Attention for groups of completions that share a prompt, and for the vision tower's windows.
+
+Tokens are packed without any padding into one sequence, all prompts first, then all completions,
+
+    [prompt_1] ... [prompt_B] [o_11] ... [o_1G] ... [o_B1] ... [o_BG]
+
+so that every layer that works token by token works on real tokens only. Attention is the one place where tokens meet:
+a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not with
+(P + G C)^2 as under one mask for all, and no mask is stored.
+
+transformers' layers call `attention` through its registry of attention functions; what to do is told by the object
+in place of a mask: `Packed` for whole sequences, `Decoding` for one new token a row. With any other mask it is
+transformers' own sdpa.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+class Packed:
+    """Attention of B prompts and the completions of each, packed as above. With `keep`, keys and values stay."""
+
+    def __init__(self, prompts: list[int], completions: list[list[int]] = (), keep: bool = False, device="cpu"):
+        """Lengths of the prompts, B of them, and of the completions of each, B times G."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        self.prompts, self.groups, end = [], [], 0
+        for length in prompts:
+            self.prompts.append(slice(end, end + length))
+            end += length
+        for prompt, lengths in zip(self.prompts, completions):
+            size = torch.tensor(lengths)
+            real = torch.arange(max(lengths)) < size[:, None]                       # (G, C)
+            columns = (real.flatten().cumsum(0) - 1).to(device)                     # (G * C,), any token where not real
+            group = slice(end, end + sum(lengths))
+            self.groups.append((prompt, group, real.shape, columns, real.flatten().nonzero()[:, 0].to(device)))
+            end = group.stop
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+        """query (1, heads, N, d), key and value (1, key heads, N, d) -> (1, N, heads, d)."""
+        if self.kept is not None:
+            self.kept[layer] = key, value
+        sdpa = F.scaled_dot_product_attention
+        out = [sdpa(*(x[:, :, prompt] for x in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True)
+               for prompt in self.prompts]
+        for prompt, group, shape, columns, real in self.groups:
+            q, k, v = (x[0, :, group].index_select(1, columns).unflatten(1, shape).transpose(0, 1)
+                       for x in (query, key, value))                                            # (G, heads, C, d)
+            k, v = (torch.cat([x[:, :, prompt].expand(shape[0], -1, -1, -1), own], 2)           # (G, heads, P + C, d)
+                    for x, own in ((key, k), (value, v)))
+            seen = sdpa(q, k, v, causal_lower_right(shape[1], k.shape[2]), scale=scale, enable_gqa=True)
+            out.append(seen.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])          # (1, heads, n, d)
+        return torch.cat(out, 2).transpose(1, 2)
+
+
+class Decoding:
+    """Attention of one new token a row to its prompt and to the row's earlier tokens; R rows a prompt.
+
+    The prompts' keys and values are those that a `Packed` kept; the R rows of a prompt share them.
+    """
+
+    def __init__(self, packed: Packed, rows: int):
+        self.rows, self.tokens = rows, 0
+        lengths = torch.tensor([prompt.stop - prompt.start for prompt in packed.prompts])
+        beyond = torch.arange(int(lengths.max())) >= lengths[:, None]                           # (B, P) padding
+        self.beyond = beyond.to(packed.kept[0][0].device) if beyond.any() else None
+        self.prompts, self.own = {}, {}
+        for layer, kept in packed.kept.items():
+            self.prompts[layer] = [nn.utils.rnn.pad_sequence([x[0, :, prompt].transpose(0, 1) for prompt in packed.prompts],
+                                                             batch_first=True).transpose(1, 2) for x in kept]
+            self.own[layer] = [x.new_zeros(len(lengths) * rows, x.shape[1], 64, x.shape[3]) for x in kept]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
+        """query (1, heads, B * R, d), key and value (1, key heads, B * R, d) -> (1, B * R, heads, d)."""
+        keys, values = self.prompts[layer]                                                      # (B, key heads, P, d)
+        (groups, heads, length, d), rows = keys.shape, self.rows
+        if self.tokens == self.own[layer][0].shape[2]:
+            self.own[layer] = [F.pad(x, (0, 0, 0, x.shape[2])) for x in self.own[layer]]
+        for own, new in zip(self.own[layer], (key, value)):
+            own[:, :, self.tokens] = new[0].transpose(0, 1)
+        own_keys, own_values = (x[:, :, :self.tokens + 1] for x in self.own[layer])             # (B * R, heads, c, d)
+        q = query[0].view(heads, -1, groups, rows, d).permute(2, 0, 3, 1, 4)                    # (B, heads, R, rep, d)
+        repeats = q.shape[3]
+        to_prompt = q.flatten(2, 3) @ keys.transpose(2, 3)                                      # (B, heads, R * rep, P)
+        if self.beyond is not None:
+            to_prompt = to_prompt.masked_fill(self.beyond[:, None, None], -torch.inf)
+        by_row = lambda x: x.unflatten(2, (rows, repeats)).transpose(1, 2).flatten(0, 1)        # (B * R, heads, rep, .)
+        to_own = q.transpose(1, 2).flatten(0, 1) @ own_keys.transpose(2, 3)
+        weights = (torch.cat([by_row(to_prompt), to_own], 3) * scale).softmax(3, torch.float32).to(q.dtype)
+        of_prompt = weights[..., :length].unflatten(0, (groups, rows)).transpose(1, 2).flatten(2, 3) @ values
+        out = by_row(of_prompt) + weights[..., length:] @ own_values                            # (B * R, heads, rep, d)
+        return out.flatten(1, 2)[None]
+
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
+        """Go on with the prompts `groups` (B',) and, of the B * R rows so far, with `rows` (B' * R',)."""
+        self.rows = len(rows) // len(groups)
+        for layer in self.own:
+            self.own[layer] = [x[rows] for x in self.own[layer]]
+            if len(groups) < len(self.prompts[layer][0]):
+                self.prompts[layer] = [x[groups] for x in self.prompts[layer]]
+        if self.beyond is not None:
+            self.beyond = self.beyond[groups]
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, **kwargs):
+    """What a decoder layer calls: by the object in place of the mask."""
+    if isinstance(attention_mask, (Packed, Decoding)):
+        return attention_mask.attend(query, key, value, scaling, module.layer_idx), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def windows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_, scaling: float, cu_seq_lens_q: Tensor,
+            **kwargs):
+    """What a block of the vision tower calls: tokens (1, heads, N, d) -> (1, N, heads, d), each of the windows that
+    end at `cu_seq_lens_q` seeing itself. Windows of one length run together: there are hundreds of them, but only a
+    few lengths."""
+    lengths = cu_seq_lens_q.diff()
+    kinds, pieces = lengths.unique().tolist(), [query[0], key[0], value[0]]                     # (heads, N, d)
+    order = None
+    if len(kinds) > 1:      # bring windows of one length together
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)
+        pieces = [x.index_select(1, order) for x in pieces]
+    counts = [int((lengths == kind).sum()) for kind in kinds]
+    split = [x.split([n * kind for n, kind in zip(counts, kinds)], 1) for x in pieces]
+    out = []
+    for n, kind, q, k, v in zip(counts, kinds, *split):
+        q, k, v = (x.unflatten(1, (n, kind)).transpose(0, 1) for x in (q, k, v))                # (n, heads, kind, d)
+        out.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    out = torch.cat(out)                                                                        # (N, heads, d)
+    return (out if order is None else out.index_select(0, order.argsort()))[None], None
+
+
+# "flash" in the name: transformers then hands over all windows at once, with their ends, instead of one by one.
+TEXT, VISION = "shared_prefix", "flash_like_windows"
+AttentionInterface.register(TEXT, attention)
+AttentionInterface.register(VISION, windows)
+AttentionMaskInterface.register(TEXT, sdpa_mask)
