@@ -341,21 +341,22 @@ def sweep(config: Config) -> dict:
     """Time steps of different G, P and C, fit t = a + b P + c C + d G C + e G P, draw; returns coefficients and points."""
     axes = {"group_size": [2, 4, 8, 16], "grids": [10, 25, 50, 75], "max_tokens": [32, 64, 128, 256]}
     labels, state, points = ("completions a prompt, G", "prompt tokens, P", "tokens a completion, C"), None, {}
-    for key in dict.fromkeys((name, value) for name in axes for value in axes[name]):
-        shaped = replace(config, **dict([key]))
-        state = state or prepare(config, "ours")
+    corners = [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}]     # tell G C from G P
+    for change in [*({name: value} for name in axes for value in axes[name]), *corners]:
+        state, shaped = state or prepare(config, "ours"), replace(config, **change)
         found = step(shaped, "ours", *state)
-        points[key] = shaped.group_size, found["prompt"], shaped.max_tokens, sum(found["seconds"].values())
-        print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*points[key]), flush=True)
+        point = shaped.group_size, found["prompt"], shaped.max_tokens, sum(found["seconds"].values())
+        points.setdefault(tuple(change), []).append(point)
+        print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*point), flush=True)
     columns = lambda g, p, c: np.stack([np.ones_like(p), p, c, g * c, g * p], axis=-1)
-    *shapes, seconds = np.array(list(points.values())).T                                    # (n,) each
+    *shapes, seconds = np.concatenate(list(points.values())).T                              # (n,) each
     fit, *_ = np.linalg.lstsq(columns(*shapes), seconds, rcond=None)
     fitted = dict(zip(("constant", "P", "C", "GC", "GP"), fit.tolist()))
     print("seconds:", "  ".join(f"{name} {value:.2e}" for name, value in fitted.items()))
     middle = [config.group_size, config.text + config.grids * config.side ** 2 // 784, config.max_tokens]
     figure, panels = plot.plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
     for i, (name, label, axis) in enumerate(zip(axes, labels, panels)):
-        mine = np.array([point for (of, _), point in points.items() if of == name])         # (4, 4)
+        mine = np.array(points[name,])                                                      # (4, 4)
         line = np.linspace(0, mine[:, i].max(), 50)
         at = [line if j == i else np.full(50, float(value)) for j, value in enumerate(middle)]
         axis.plot(line, columns(*at) @ fit, color=plot.COLOURS["after"], label="fit")
@@ -366,7 +367,7 @@ def sweep(config: Config) -> dict:
     panels[0].set_ylabel("seconds a step")
     panels[0].legend(frameon=False)
     plot.save(figure, config.output)
-    return {"fit": fitted, "residual": float(abs(columns(*shapes) @ fit - seconds).max()), "points": list(points.values())}
+    return {"fit": fitted, "residual": float(abs(columns(*shapes) @ fit - seconds).max()), "points": sum(points.values(), [])}
 
 
 def measure_evaluation(config: Config) -> dict:

@@ -125,6 +125,8 @@ class Policy(nn.Module):
         super().__init__()
         self.qwen = qwen
         self.forbidden = forbidden
+        qwen.model.language_model.config._attn_implementation = attention.TEXT
+        qwen.model.visual.config._attn_implementation = attention.VISION
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """(n, hidden size) -> logits (n, V) of the distribution that is sampled from and scored, at least fp32."""
@@ -188,8 +190,6 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
                                                                   attn_implementation="sdpa").to(device)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
-    qwen.model.language_model.config._attn_implementation = attention.TEXT
-    qwen.model.visual.config._attn_implementation = attention.VISION
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:

@@ -1,5 +1,4 @@
 """What plan.py counts, against real modules: parameters, operations, and memory as torch's profiler sees it."""
-import dataclasses
 import json
 
 import pytest
@@ -101,11 +100,16 @@ def test_memory_of_scoring_is_as_measured(small, dtype, monkeypatch):
     assert parts["activations"] + parts["logits"] == pytest.approx(measured, rel=0.15)
 
 
-def test_memory_of_the_cache_is_as_measured(small):
-    """Peak of a rollout in which keys and values are nearly everything."""
-    config, policy, prompts, _ = small
-    measured = most(lambda: grpo.rollout(policy, prompts, 40, 64, [-1]))
-    counted = config.prompts * plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), 40, 64, 4)
+@pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
+def test_memory_of_the_cache_is_as_measured(grids, rows, tmp_path):
+    """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
+    config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids, side=112,
+                          text=10)
+    policy = bench.build(config)
+    bench.film(config, f"{tmp_path}/video.mp4")
+    prompts = bench.make_prompts(config, policy.qwen.config, f"{tmp_path}/video.mp4")
+    measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
+    counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
     assert counted == pytest.approx(measured, rel=0.15)
 
 
