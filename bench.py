@@ -6,8 +6,8 @@
     python bench.py --logits                    memory of scoring with Qwen's vocabulary, in chunks and whole
     python bench.py --evaluate --model DIR --annotations test.txt --videos DIR      against one `generate` a query
 
-The model has random weights, fp32 on a CPU and bf16 on a GPU, and by default the proportions of the 3B at 32 million
-weights. Nothing stops a completion before max_tokens, so that the work is fixed.
+The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.
+Nothing stops a completion before max_tokens, so that the work is fixed.
 
 - ours: grpo.rollout and grpo.logprobs.
 - repeated: `repeated_rollout` and `repeated_logprobs` below, as in trainers built on TRL: prompt and video G times in
@@ -15,9 +15,8 @@ weights. Nothing stops a completion before max_tokens, so that the work is fixed
 - floor: the operations that plan.py counts over the rate of the machine's matrix products, measured in the same run.
   Decoding is bound by memory and overhead, not by these, so a whole step cannot reach it.
 
-Each way runs in a process of its own, in turns, with the same weights, video and scored completions. Prefill is timed as
-a rollout of one token, decode as the rest of a whole rollout. Peak memory is the whole process's, libraries included; on
-a GPU it is what torch allocates. The learning rate is 0, so that the weights stay the same.
+Each way runs in processes of its own, in turns, with the same weights, video and scored completions. Prefill is timed
+as a rollout of one token, decode as the rest of a whole one. Peak memory is the process's; on a GPU, what torch allocates.
 """
 import json
 import platform
@@ -50,7 +49,6 @@ from launch import flag
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 PARTS = ("data", "prefill", "decode", "rewards", "reference", "forward", "backward", "optimizer")
-SCORING = ("reference", "forward", "backward")
 WORDS = "a person opens closes holds the door book then walks and sits on takes red bag puts it down to".split()
 
 
@@ -109,7 +107,7 @@ def build(config: Config) -> model.Policy:
 
 
 def film(config: Config, path: str) -> None:
-    """An mp4 of drifting noise, config.grids seconds at 8 frames a second."""
+    """Write an mp4 of drifting noise, config.grids seconds at 8 frames a second."""
     noise = np.random.default_rng(config.seed).integers(0, 256, (config.side // 7, config.side // 7, 3), np.uint8)
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
@@ -120,17 +118,20 @@ def film(config: Config, path: str) -> None:
         file.mux(stream.encode())
 
 
-def make_prompts(config: Config, qwen: Qwen2_5_VLConfig, path: str) -> list[model.Prompt]:
-    """B prompts of random text and the video, which is decoded and cut into patches for each of them."""
+def make_prompts(config: Config, qwen: Qwen2_5_VLConfig, seconds: dict | None = None) -> list[model.Prompt]:
+    """B prompts of random text and the video, decoded and cut for each; `seconds` gets how long that took."""
     found, generator = [], torch.Generator().manual_seed(config.seed)
-    for _ in range(config.prompts):
-        clip = video.load(path, total_pixels=2 * config.grids * config.side ** 2)
-        patches, grid = model.cut_patches(clip.frames)
-        text = torch.randint(qwen.text_config.vocab_size // 2, (config.text,), generator=generator)
-        pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
-        ids = torch.cat([text[:-5], pads, text[-5:]])                                       # (P,)
-        where = model.place(ids, qwen.video_token_id, grid, 2 / clip.fps, qwen.vision_config.tokens_per_second)
-        found.append(model.Prompt(ids, where, patches, grid))
+    with tempfile.TemporaryDirectory() as folder:
+        film(config, path := f"{folder}/video.mp4")
+        with timed({} if seconds is None else seconds, "data"):
+            for _ in range(config.prompts):
+                clip = video.load(path, total_pixels=2 * config.grids * config.side ** 2)
+                patches, grid = model.cut_patches(clip.frames)
+                text = torch.randint(qwen.text_config.vocab_size // 2, (config.text,), generator=generator)
+                pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
+                ids = torch.cat([text[:-5], pads, text[-5:]])                               # (P,)
+                rate = qwen.vision_config.tokens_per_second
+                found.append(model.Prompt(ids, model.place(ids, pads[0], grid, 2 / clip.fps, rate), patches, grid))
     return found
 
 
@@ -194,33 +195,19 @@ def memory() -> tuple[int, int]:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else most, most
 
 
-def matmul_rate() -> float:
-    """Operations a second of square matrix products, the best of several."""
-    size, seconds = (8192 if DEVICE == "cuda" else 3072), {}
-    a, b = torch.randn(2, size, size, device=DEVICE, dtype=DTYPE)
-    for i in range(6):
-        with timed(seconds, i):
-            a @ b
-    return 2 * size ** 3 / min(seconds.values())
-
-
 def step(config: Config, way: str, policy, reference, optimizer) -> dict:
     """One GRPO step in one of the WAYS: seconds by part, memory before it, and by what ways are compared."""
-    rollout, logprobs = WAYS[way]
-    generator, qwen, seconds = torch.Generator().manual_seed(config.seed), policy.qwen.config, {}
+    (rollout, logprobs), seconds = WAYS[way], {}
+    generator, qwen = torch.Generator().manual_seed(config.seed), policy.qwen.config
     size = (config.prompts, config.group_size, config.max_tokens)
     completions = torch.randint(qwen.text_config.vocab_size // 2, size, generator=generator)    # (B, G, C)
-    mask = torch.ones_like(completions)
-    with tempfile.TemporaryDirectory() as folder:
-        film(config, f"{folder}/video.mp4")
-        before, _ = memory()
-        with timed(seconds, "data"):
-            prompts = make_prompts(config, qwen, f"{folder}/video.mp4")
-    for name, tokens in (("prefill", 1), ("rollout", config.max_tokens)):
+    mask, (before, _) = torch.ones_like(completions), memory()
+    prompts = make_prompts(config, qwen, seconds)
+    for name, tokens in (("prefill", 1), ("decode", config.max_tokens)):
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.prompts)]
         with timed(seconds, name):
             sampled = rollout(policy, prompts, config.group_size, tokens, [-1], generators).completions
-    seconds["decode"] = seconds.pop("rollout") - seconds["prefill"]
+    seconds["decode"] -= seconds["prefill"]
     with timed(seconds, "rewards"):
         texts = [" ".join(WORDS[i % len(WORDS)] for i in row) for row in sampled.flatten(0, 1).tolist()]
         sample = data.Sample("0", "video.mp4", "a person opens the door", 0.0, 1.0, None)
@@ -244,34 +231,33 @@ def step(config: Config, way: str, policy, reference, optimizer) -> dict:
 def prepare(config: Config, way: str) -> tuple:
     """Policy, reference, and optimizer with its states; everything warmed up by a small step."""
     policy, reference = build(config), build(config).requires_grad_(False)
-    with torch.no_grad():
-        for weight in reference.parameters():       # so that there is a KL term
-            weight.mul_(1.01)
-    for part in (policy.qwen, reference.qwen) if way == "repeated" else ():
-        part.set_attn_implementation("sdpa")
+    for weight in reference.parameters():       # so that there is a KL term
+        weight.mul_(1.01)
+    for part in (policy, reference) if way == "repeated" else ():
+        part.qwen.set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
     step(replace(config, grids=2, prompts=1, group_size=2, max_tokens=2), way, policy, reference, optimizer)
     return policy, reference, optimizer
 
 
 def measure(config: Config, way: str) -> dict:
-    """Time and peak memory of one step in this process, and the machine's rate; ways "chunks" and "whole" score only,
+    """Time and peak memory of one step in this process, and the machine's rate. Ways "chunks" and "whole" only score,
     with a vocabulary like Qwen's and hardly any model, logits as train.py makes them or all at once."""
     if way in WAYS:
         found = step(config, way, *prepare(config, way))
     else:
-        if way == "whole":
-            model.LOGITS_AT_ONCE = 2 ** 62
+        model.LOGITS_AT_ONCE = model.LOGITS_AT_ONCE if way == "chunks" else 2 ** 62
         policy = build(config := replace(config, grids=2, hidden=128, layers=1, vision_hidden=64, vision_depth=1,
                                          vocabulary=151936, group_size=8, max_tokens=256, prompts=1, model=""))
         completions = torch.arange(8 * 256).view(1, 8, 256)
-        with tempfile.TemporaryDirectory() as folder:
-            film(config, f"{folder}/video.mp4")
-            prompts = make_prompts(config, policy.qwen.config, f"{folder}/video.mp4")
-        found = {"before": memory()[0], "seconds": {}}
-        with timed(found["seconds"], "scoring"):
-            grpo.logprobs(policy, prompts, completions, torch.ones_like(completions)).sum().backward()
-    return {**found, "peak": memory()[1], "rate": matmul_rate()}
+        prompts, found = make_prompts(config, policy.qwen.config), {"before": memory()[0]}
+        grpo.logprobs(policy, prompts, completions, torch.ones_like(completions)).sum().backward()
+    most, size, times = memory()[1], (8192 if DEVICE == "cuda" else 3072), {}
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=DTYPE)
+    for i in range(6):      # square matrix products: the best counts
+        with timed(times, i):
+            a @ b
+    return {**found, "peak": most, "rate": 2 * size ** 3 / min(times.values())}
 
 
 def child(config: Config, way: str) -> dict:
@@ -280,17 +266,9 @@ def child(config: Config, way: str) -> dict:
              for word in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags, "--inside", way],
                           stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise ValueError(f"measuring {way} ended with code {done.returncode}" + (
-            ": it needs more memory than there is; give a smaller --group_size" if done.returncode == -9 else ""))
+    if done.returncode:     # -9: the system ran out of memory
+        raise ValueError(f"measuring {way} ended with code {done.returncode}; a smaller --group_size needs less memory")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def floor(config: Config, found: dict, rate: float) -> dict[str, float]:
-    """Seconds by part, by its operations alone; the backward pass has two thirds of the policy's."""
-    phases = plan.operations(shape(config), found["prompt"], found["grid"], config.group_size, config.max_tokens)
-    cost = {name: config.prompts * sum(parts.values()) / rate for name, parts in phases.items()}
-    return {**cost, "forward": cost["policy"] / 3, "backward": cost["policy"] / 3 * 2}
 
 
 def compare(config: Config) -> dict:
@@ -299,48 +277,46 @@ def compare(config: Config) -> dict:
     for _ in range(config.repeats):
         for way, found in runs.items():
             found.append(child(config, way))
-    one = next(iter(runs.values()))[0]
+    first = next(iter(runs.values()))[0]
     rate = max(run["rate"] for found in runs.values() for run in found)
-    cost, groups = floor(config, one, rate), {**{part: (part,) for part in PARTS}, "scoring": SCORING, "step": PARTS}
-    bound = {name: sum(cost.get(part, 0) for part in parts) for name, parts in groups.items()}
-    seconds = {way: {name: [sum(run["seconds"][part] for part in parts) for run in found]
-                     for name, parts in groups.items()} for way, found in runs.items()}
-    median = {way: {name: float(np.median(times)) for name, times in of.items()} for way, of in seconds.items()}
-    print(f"{'seconds':10}" + "".join(f"{way:>10}{'range':>16}" for way in runs) + f"{'floor':>10}{'of it':>8}")
-    for name in groups:
-        print(f"{name:10}" + "".join(f"{median[way][name]:10.2f}{min(of[name]):9.2f}-{max(of[name]):<6.2f}"
-                                     for way, of in seconds.items())
-              + (f"{bound[name]:10.2f}{bound[name] / next(iter(median.values()))[name]:8.0%}" if bound[name] else ""))
-    gb = {way: {"peak": float(np.median([run["peak"] for run in found])) / 2 ** 30,
-                "step": float(np.median([run["peak"] - run["before"] for run in found])) / 2 ** 30}
-          for way, found in runs.items()}
-    for way, of in gb.items():
-        print(f"{way}: peak memory {of['peak']:.2f} GB, of which the step {of['step']:.2f} GB")
+    phases = plan.operations(shape(config), first["prompt"], first["grid"], config.group_size, config.max_tokens)
+    floor = {phase: config.prompts * sum(parts.values()) / rate for phase, parts in phases.items()}     # seconds
+    floor |= {"forward": floor["policy"] / 3, "backward": floor["policy"] / 3 * 2, "step": sum(floor.values()),
+              "scoring": floor["reference"] + floor["policy"]}
+    for took in [run["seconds"] for found in runs.values() for run in found]:
+        took |= {"scoring": sum(took[p] for p in ("reference", "forward", "backward")), "step": sum(took.values())}
+    spread = {way: {k: [run["seconds"][k] for run in of] for k in first["seconds"]} for way, of in runs.items()}
+    seconds = {way: {name: float(np.median(times)) for name, times in of.items()} for way, of in spread.items()}
+    gb = {way: {key: max(run[key] for run in of) / 2 ** 30 for key in ("peak", "before")} for way, of in runs.items()}
+    print(f"{'seconds':10}" + "".join(f"{way:>10}{'range':>16}" for way in runs) + f"{'floor':>10}{'reached':>9}")
+    for name, mine in seconds[next(iter(runs))].items():
+        print(f"{name:10}" + "".join(f"{seconds[way][name]:10.2f}{min(of[name]):9.2f}-{max(of[name]):<6.2f}"
+                                     for way, of in spread.items())
+              + (f"{floor[name]:10.2f}{floor[name] / mine:9.0%}" if name in floor else ""))
+    print(f"{'peak GB':10}" + "".join(f"{of['peak']:10.2f} ({of['before']:.2f} before)" for of in gb.values()))
     report = {}
     if len(runs) == 2:
-        (ours, theirs), logp = (runs[way][0] for way in WAYS), lambda run: torch.tensor(run["logp"])
-        report = {f"ratio_{name}": median["repeated"][name] / median["ours"][name] for name in ("step", "scoring")}
+        ours, theirs = runs["ours"][0], runs["repeated"][0]
+        report = {f"ratio_{name}": seconds["repeated"][name] / seconds["ours"][name] for name in ("step", "scoring")}
         report["ratio_memory"] = gb["repeated"]["peak"] / gb["ours"]["peak"]
-        off = report["differences"] = {"logprob": (logp(ours) - logp(theirs)).abs().max().item(),
+        off = report["differences"] = {"logprob": float(np.abs(np.subtract(ours["logp"], theirs["logp"])).max()),
                                        "loss": abs(ours["loss"] - theirs["loss"]),
                                        "grad_norm": abs(ours["grad_norm"] / theirs["grad_norm"] - 1)}
-        print(f"largest difference of a log-probability {off['logprob']:.1e}, of the loss {off['loss']:.1e}, "
-              f"of the gradient norm {off['grad_norm']:.1e} (relative)")
+        print("largest differences:", ", ".join(f"{name} {value:.1e}" for name, value in off.items()))
         if DTYPE == torch.float32 and max(off.values()) > 1e-3:
             raise ValueError("the two ways score differently, so their times say nothing")
     if "ours" in runs:
-        report |= {"of_floor": bound["step"] / median["ours"]["step"],
-                   "of_floor_scoring": bound["scoring"] / median["ours"]["scoring"]}
-    return {**report, "seconds": median, "range": {way: [min(of["step"]), max(of["step"])] for way, of in seconds.items()},
-            "memory_gb": gb, "gflops_matmul": rate / 1e9, "repeats": config.repeats,
-            "shape": {"B": config.prompts, "P": one["prompt"], "G": config.group_size, "C": config.max_tokens,
-                      "grid": one["grid"], "parameters": plan.parameters(shape(config))["total"]}}
+        report["of_floor"] = floor["step"] / seconds["ours"]["step"]
+        report["of_floor_scoring"] = floor["scoring"] / seconds["ours"]["scoring"]
+    return {**report, "seconds": seconds, "steps": {way: of["step"] for way, of in spread.items()}, "memory_gb": gb,
+            "gflops_matmul": rate / 1e9, "B": config.prompts, "P": first["prompt"], "G": config.group_size,
+            "C": config.max_tokens, "grid": first["grid"], "parameters": plan.parameters(shape(config))["total"]}
 
 
 def sweep(config: Config) -> dict:
-    """Time steps of different G, P and C, fit t = a + b P + c C + d G C + e G P, draw; returns coefficients and points."""
+    """Time steps of different G, P, C, fit t = a + b P + c C + d G C + e G P, draw; returns the fit and the points."""
     axes = {"group_size": [2, 4, 8, 16], "grids": [10, 25, 50, 75], "max_tokens": [32, 64, 128, 256]}
-    labels, state, points = ("completions a prompt, G", "prompt tokens, P", "tokens a completion, C"), None, {}
+    state, points = None, {}
     corners = [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}]     # tell G C from G P
     for change in [*({name: value} for name in axes for value in axes[name]), *corners]:
         state, shaped = state or prepare(config, "ours"), replace(config, **change)
@@ -352,22 +328,21 @@ def sweep(config: Config) -> dict:
     *shapes, seconds = np.concatenate(list(points.values())).T                              # (n,) each
     fit, *_ = np.linalg.lstsq(columns(*shapes), seconds, rcond=None)
     fitted = dict(zip(("constant", "P", "C", "GC", "GP"), fit.tolist()))
-    print("seconds:", "  ".join(f"{name} {value:.2e}" for name, value in fitted.items()))
     middle = [config.group_size, config.text + config.grids * config.side ** 2 // 784, config.max_tokens]
     figure, panels = plot.plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
-    for i, (name, label, axis) in enumerate(zip(axes, labels, panels)):
+    for i, (name, axis) in enumerate(zip(axes, panels)):
         mine = np.array(points[name,])                                                      # (4, 4)
         line = np.linspace(0, mine[:, i].max(), 50)
         at = [line if j == i else np.full(50, float(value)) for j, value in enumerate(middle)]
         axis.plot(line, columns(*at) @ fit, color=plot.COLOURS["after"], label="fit")
         axis.plot(mine[:, i], mine[:, 3], "o", color=plot.COLOURS["truth"], label="measured")
-        axis.set(xlabel=label, ylim=(0, None), xlim=(0, None),
-                 title=", ".join(f"{'GPC'[j]} = {value}" for j, value in enumerate(middle) if j != i))
+        axis.set(xlabel=("completions a prompt, G", "prompt tokens, P", "tokens a completion, C")[i], xlim=(0, None),
+                 title=", ".join(f"{'GPC'[j]} = {value}" for j, value in enumerate(middle) if j != i), ylim=(0, None))
         axis.grid(alpha=0.25)
     panels[0].set_ylabel("seconds a step")
     panels[0].legend(frameon=False)
     plot.save(figure, config.output)
-    return {"fit": fitted, "residual": float(abs(columns(*shapes) @ fit - seconds).max()), "points": sum(points.values(), [])}
+    return {"fit": fitted, "residual": abs(columns(*shapes) @ fit - seconds).max(), "points": sum(points.values(), [])}
 
 
 def measure_evaluation(config: Config) -> dict:
@@ -386,19 +361,17 @@ def measure_evaluation(config: Config) -> dict:
             policy.qwen.set_attn_implementation("sdpa")
             for sample in samples:
                 inputs = repeat([tasks.prepare(sample, tasks.TASKS["TVG"], encoder, load)], 1)
-                ids = policy.qwen.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=False,
-                                           max_new_tokens=options.max_tokens, eos_token_id=encoder.stop_ids,
-                                           pad_token_id=encoder.stop_ids[0], suppress_tokens=policy.forbidden)
-                ids = ids[:, inputs["input_ids"].shape[1]:]                                 # (1, <= C)
+                ids = policy.qwen.generate(     # (1, P + <= C)
+                    **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=config.max_tokens,
+                    do_sample=False, eos_token_id=encoder.stop_ids, pad_token_id=0, suppress_tokens=policy.forbidden)
+                ids = ids[:, inputs["input_ids"].shape[1]:]
                 answers[sample.id] = encoder.decode(ids, torch.ones_like(ids))[0]
         with timed(seconds, "evaluate"):
             evaluate.main(options)
         rows = [json.loads(line) for line in open(f"{folder}/test/predictions.jsonl")]
     same = float(np.mean([answers[row["id"]] == row["completion"] for row in rows]))
     rate = {name: len(samples) / value for name, value in seconds.items()}
-    print(f"queries a second: {rate['evaluate']:.2f} by evaluate.py, {rate['generate']:.2f} by one generate each; "
-          f"{same:.1%} of {len(samples)} answers are the same")
-    return {"ratio_evaluate": rate["evaluate"] / rate["generate"], "same": same, "queries_per_second": rate}
+    return {"ratio_evaluate": rate["evaluate"] / rate["generate"], "same": same, **rate, "queries": len(samples)}
 
 
 def main(config: Config) -> None:
@@ -411,14 +384,14 @@ def main(config: Config) -> None:
     elif config.sweep:
         report = sweep(config)
     elif config.logits:
-        report = {way: child(config, way) for way in ("chunks", "whole")}
-        print(*(f"{way:7} {run['peak'] / 2 ** 30:6.2f} GB peak, {(run['peak'] - run['before']) / 2 ** 30:6.2f} GB in the step"
-                for way, run in report.items()), sep="\n")
+        report = {way: {key: found[key] / 2 ** 30 for key in ("peak", "before")} for way in ("chunks", "whole")
+                  for found in [child(config, way)]}
+        report["ratio_memory"] = report["whole"]["peak"] / report["chunks"]["peak"]
     else:
         report = compare(config)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-    print(json.dumps({**report, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "seed": config.seed}))
+    about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": config.seed}
+    print(json.dumps({**report, **about}))
 
 
 if __name__ == "__main__":

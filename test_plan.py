@@ -31,12 +31,11 @@ def write(folder, name):
 
 
 @pytest.fixture(params=SHAPES)
-def small(request, tmp_path):
+def small(request):
     """(config, policy, prompts, completions) of two models of different proportions."""
     config = SHAPES[request.param]
     policy = bench.build(config)
-    bench.film(config, f"{tmp_path}/video.mp4")
-    prompts = bench.make_prompts(config, policy.qwen.config, f"{tmp_path}/video.mp4")
+    prompts = bench.make_prompts(config, policy.qwen.config)
     return config, policy, prompts, torch.ones(config.prompts, config.group_size, config.max_tokens, dtype=torch.long)
 
 
@@ -101,13 +100,12 @@ def test_memory_of_scoring_is_as_measured(small, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
-def test_memory_of_the_cache_is_as_measured(grids, rows, tmp_path):
+def test_memory_of_the_cache_is_as_measured(grids, rows):
     """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
     config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids, side=112,
                           text=10)
     policy = bench.build(config)
-    bench.film(config, f"{tmp_path}/video.mp4")
-    prompts = bench.make_prompts(config, policy.qwen.config, f"{tmp_path}/video.mp4")
+    prompts = bench.make_prompts(config, policy.qwen.config)
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
     counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
     assert counted == pytest.approx(measured, rel=0.15)
