@@ -16,7 +16,7 @@ Nothing stops a completion before max_tokens, so that the work is fixed.
   Decoding is bound by memory and overhead, not by these, so a whole step cannot reach it.
 
 Each way runs in processes of its own, in turns, with the same weights, video and scored completions. Prefill is timed
-as a rollout of one token, decode as the rest of a whole one. Peak memory is the process's; on a GPU, what torch allocates.
+as a rollout of one token, decode as the rest of a whole one. Peak memory is the process's; on a GPU, what torch holds.
 """
 import json
 import platform
@@ -337,9 +337,9 @@ def sweep(config: Config) -> dict:
         axis.plot(line, columns(*at) @ fit, color=plot.COLOURS["after"], label="fit")
         axis.plot(mine[:, i], mine[:, 3], "o", color=plot.COLOURS["truth"], label="measured")
         axis.set(xlabel=("completions a prompt, G", "prompt tokens, P", "tokens a completion, C")[i], xlim=(0, None),
-                 title=", ".join(f"{'GPC'[j]} = {value}" for j, value in enumerate(middle) if j != i), ylim=(0, None))
+                 title=", ".join(f"{'GPC'[j]} = {value}" for j, value in enumerate(middle) if j != i))
         axis.grid(alpha=0.25)
-    panels[0].set_ylabel("seconds a step")
+    panels[0].set(ylabel="seconds a step", ylim=(0, None))
     panels[0].legend(frameon=False)
     plot.save(figure, config.output)
     return {"fit": fitted, "residual": abs(columns(*shapes) @ fit - seconds).max(), "points": sum(points.values(), [])}
@@ -386,7 +386,7 @@ def main(config: Config) -> None:
     elif config.logits:
         report = {way: {key: found[key] / 2 ** 30 for key in ("peak", "before")} for way in ("chunks", "whole")
                   for found in [child(config, way)]}
-        report["ratio_memory"] = report["whole"]["peak"] / report["chunks"]["peak"]
+        report["ratio_logits"] = report["whole"]["peak"] / report["chunks"]["peak"]
     else:
         report = compare(config)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"

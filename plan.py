@@ -83,48 +83,46 @@ def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: 
 
 
 def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
-                     size: int = 2, freeze_vision: bool = False, recompute: bool = False) -> int:
-    """What the forward pass keeps for the backward one, logits aside; `size` bytes a number, 4 in the input of a norm.
-
-    With `recompute` (activation checkpointing) only every layer's input, and one layer's own while it is repeated."""
+                     size: int = 2, freeze_vision: bool = False, recompute: bool = False) -> tuple[int, int]:
+    """(bytes that the forward pass keeps for the backward one, logits aside; bytes that a layer's backward pass works with).
+    A number has `size` bytes, 4 in the input of a norm. With `recompute` only the input of every layer is kept."""
     text, vision, n, patches = config.text_config, config.vision_config, prompt + group_size * tokens, math.prod(grid)
     h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * n * h * (4 + 2 * size)                                          # both norms: in, normalised, out
     layer += size * (n * (3 * h + 2 * kv) + group_size * tokens * h)            # q, k, v, attention's results
     layer += size * 2 * kv * group_size * (prompt + tokens)                     # k, v of prompt and completion together
     layer += size * 4 * n * text.intermediate_size                              # gate, its silu, up, their product
-    d = vision.hidden_size
-    block = patches * (2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size))
+    d, full = vision.hidden_size, len(vision.fullatt_block_indexes)
+    block = 0 if freeze_vision else patches * (2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size))
+    layers, blocks = text.num_hidden_layers * layer, vision.depth * block + full * 2 * patches * d * size
     if recompute:
-        layers, blocks = text.num_hidden_layers * n * h * size + layer, vision.depth * patches * d * size + block
-    else:
-        layers = text.num_hidden_layers * layer
-        blocks = vision.depth * block + len(vision.fullatt_block_indexes) * 2 * patches * d * size  # v keeps q and k alive
+        layers, blocks = text.num_hidden_layers * n * h * size, vision.depth * patches * d * size
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
-    tower = patches * (patch * size + d * (4 + 4 * size)) + blocks              # patches, merger
-    return layers + n * h * (4 + size) + group_size * tokens * h * size + (0 if freeze_vision else tower)
+    tower = 0 if freeze_vision else blocks + patches * (patch * size + d * (4 + 4 * size))      # patches, merger
+    return layers + tower + n * h * (4 + size) + group_size * tokens * h * size, \
+        max(layer + 3 * size * n * text.intermediate_size, block + 3 * size * patches * vision.intermediate_size)
 
 
 def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
            prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
            size: int = 2) -> dict[str, dict[str, float]]:
-    """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other phase. `size`:
-    bytes of a number in which is computed."""
+    """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
+    `size`: bytes of the numbers that are computed with."""
     sizes, text = parameters(config), config.text_config
     trained = sizes["total"] - (sizes["vision"] if freeze_vision else 0)
     root = sizes["embeddings"] + sizes["head"]
     largest = max(sizes["layer"], root, 0 if freeze_vision else sizes["vision"])            # unit of FSDP
     logits = min(prompts * group_size * tokens * text.vocab_size, model.LOGITS_AT_ONCE)
-    shape = prompt, group_size, tokens
+    kept, layer = activation_bytes(config, prompt, grid, group_size, tokens, size, freeze_vision, recompute)
     return {
         "always": {"master weights, fp32": 4 * sizes["total"] / gpus, "AdamW states, fp32": 8 * trained / gpus,
                    "gradients, fp32": 4 * trained / gpus,
                    "reference, bf16": 2 * sizes["total"] / gpus if reference else 0},
-        "sampling": {"gathered weights, bf16": 2 * sizes["total"], "KV cache": prompts * cache_bytes(config, *shape, size),
+        "sampling": {"gathered weights, bf16": 2 * sizes["total"], 
+                     "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
-        "scoring": {"activations": prompts * activation_bytes(config, prompt, grid, group_size, tokens, size, freeze_vision,
-                                                              recompute),
-                    "logits": 3 * 4 * logits,                       # log-softmax and two gradients
+        "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
+                    "logits, then a layer": max(3 * 4 * logits, prompts * layer * recompute),
                     "gathered units, bf16": 2 * (root + 2 * largest), "largest unit's gradient": 6 * largest},
         "optimizer": {"AdamW's temporaries": 4 * trained / gpus}}
 
@@ -139,8 +137,8 @@ def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int
            prompts_per_pass: int = 0, max_tokens: int = 1024, total_pixels: int = video.TOTAL_PIXELS, beta: float = 0.04,
            freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
            samples: int = 12404, seconds: float = 30.0, text_tokens: int = 100) -> str:
-    """What training the model whose config.json is in `folder` needs, as text: memory a GPU by part (GB, 10^9 bytes), the
-    largest group that fits into `gpu_memory`, operations and hours. Videos of `seconds`, the Charades average."""
+    """What it takes to train the model whose config.json is in `folder`, as text: memory a GPU by part (GB of 10^9
+    bytes), the largest group that fits into `gpu_memory`, operations and hours. A video has `seconds`, as in Charades."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in it; give --model the folder of a Qwen2.5-VL")
     config = Qwen2_5_VLConfig.from_pretrained(folder)

@@ -86,17 +86,21 @@ def test_a_lone_completion_is_a_longer_prompt():
     assert "reference" not in phases and phases["decode"]["completions"] < group["completions"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_scoring_is_as_measured(small, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, recompute, freeze", [(torch.float32, False, False), (torch.bfloat16, False, True),
+                                                      (torch.bfloat16, False, False), (torch.float32, True, False)])
+def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
     """Peak of forward and backward pass, beside weights and gradients."""
     config, policy, prompts, completions = small
-    policy.to(dtype)
+    policy.to(dtype).train()
+    policy.qwen.model.visual.requires_grad_(not freeze)
+    if recompute:
+        policy.qwen.gradient_checkpointing_enable()
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())
     parts = plan.memory(policy.qwen.config, len(prompts[0].ids), prompts[0].grid.tolist(), config.group_size,
-                        config.max_tokens, 1, config.prompts, size=dtype.itemsize)["scoring"]
-    assert parts["activations"] + parts["logits"] == pytest.approx(measured, rel=0.15)
+                        config.max_tokens, 1, config.prompts, True, freeze, recompute, dtype.itemsize)["scoring"]
+    assert parts["activations"] + parts["logits, then a layer"] == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
