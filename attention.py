@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,32 +28,27 @@ class Packed:
     def __init__(self, prompts: list[int], completions: list[list[int]] = (), keep: bool = False, device="cpu"):
         """Lengths of the prompts, B of them, and of the completions of each, B times G."""
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
-        self.prompts, self.groups, end = [], [], 0
-        for length in prompts:
-            self.prompts.append(slice(end, end + length))
-            end += length
-        for prompt, lengths in zip(self.prompts, completions):
-            size = torch.tensor(lengths)
-            real = torch.arange(max(lengths)) < size[:, None]                       # (G, C)
-            columns = (real.flatten().cumsum(0) - 1).to(device)                     # (G * C,), any token where not real
-            group = slice(end, end + sum(lengths))
-            self.groups.append((prompt, group, real.shape, columns, real.flatten().nonzero()[:, 0].to(device)))
-            end = group.stop
+        self.prompts, self.lengths = prompts, [*prompts, *map(sum, completions)]
+        self.groups = []
+        for lengths in completions:
+            real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]              # (G, C)
+            columns = (real.flatten().cumsum(0) - 1).to(device)                             # (G * C,), any where not real
+            self.groups.append((real.shape, columns, real.flatten().nonzero()[:, 0].to(device)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
         """query (1, heads, N, d), key and value (1, key heads, N, d) -> (1, N, heads, d)."""
         if self.kept is not None:
             self.kept[layer] = key, value
         sdpa = F.scaled_dot_product_attention
-        out = [sdpa(*(x[:, :, prompt] for x in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True)
-               for prompt in self.prompts]
-        for prompt, group, shape, columns, real in self.groups:
-            q, k, v = (x[0, :, group].index_select(1, columns).unflatten(1, shape).transpose(0, 1)
-                       for x in (query, key, value))                                            # (G, heads, C, d)
-            k, v = (torch.cat([x[:, :, prompt].expand(shape[0], -1, -1, -1), own], 2)           # (G, heads, P + C, d)
-                    for x, own in ((key, k), (value, v)))
+        parts = [x.split(self.lengths, 2) for x in (query, key, value)]                     # B prompts, then B groups
+        out = [sdpa(*prompt, is_causal=True, scale=scale, enable_gqa=True)
+               for prompt, _ in zip(zip(*parts), self.prompts)]
+        for b, (shape, columns, real) in enumerate(self.groups, len(self.prompts)):
+            q, k, v = (x[b][0].index_select(1, columns).unflatten(1, shape).transpose(0, 1) for x in parts)
+            k, v = (torch.cat([x[b - len(self.prompts)].expand(shape[0], -1, -1, -1), own], 2)
+                    for x, own in zip(parts[1:], (k, v)))                                   # (G, key heads, P + C, d)
             seen = sdpa(q, k, v, causal_lower_right(shape[1], k.shape[2]), scale=scale, enable_gqa=True)
-            out.append(seen.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])          # (1, heads, n, d)
+            out.append(seen.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])      # (1, heads, n, d)
         return torch.cat(out, 2).transpose(1, 2)
 
 
@@ -64,13 +60,13 @@ class Decoding:
 
     def __init__(self, packed: Packed, rows: int):
         self.rows, self.tokens = rows, 0
-        lengths = torch.tensor([prompt.stop - prompt.start for prompt in packed.prompts])
+        lengths = torch.tensor(packed.prompts)
         beyond = torch.arange(int(lengths.max())) >= lengths[:, None]                           # (B, P) padding
         self.beyond = beyond.to(packed.kept[0][0].device) if beyond.any() else None
         self.prompts, self.own = {}, {}
         for layer, kept in packed.kept.items():
-            self.prompts[layer] = [nn.utils.rnn.pad_sequence([x[0, :, prompt].transpose(0, 1) for prompt in packed.prompts],
-                                                             batch_first=True).transpose(1, 2) for x in kept]
+            self.prompts[layer] = [pad_sequence(x[0].transpose(0, 1).split(packed.prompts), batch_first=True).transpose(1, 2)
+                                   for x in kept]
             self.own[layer] = [x.new_zeros(len(lengths) * rows, x.shape[1], 64, x.shape[3]) for x in kept]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:

@@ -135,6 +135,12 @@ def make_prompts(config: Config, qwen: Qwen2_5_VLConfig, seconds: dict | None = 
     return found
 
 
+def as_published(qwen: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let transformers' own code run where model.Policy put this project's."""
+    qwen.set_attn_implementation("sdpa")
+    del qwen.model.visual.patch_embed.forward
+
+
 def repeat(prompts: list[model.Prompt], times: int) -> dict[str, torch.Tensor]:
     """Prompts of one length and their videos, each `times` over, as transformers' forward pass takes them."""
     rows = [prompt for prompt in prompts for _ in range(times)]                             # B * G
@@ -234,7 +240,7 @@ def prepare(config: Config, way: str) -> tuple:
     for weight in reference.parameters():       # so that there is a KL term
         weight.mul_(1.01)
     for part in (policy, reference) if way == "repeated" else ():
-        part.qwen.set_attn_implementation("sdpa")
+        as_published(part.qwen)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
     step(replace(config, grids=2, prompts=1, group_size=2, max_tokens=2), way, policy, reference, optimizer)
     return policy, reference, optimizer
@@ -358,7 +364,7 @@ def measure_evaluation(config: Config) -> dict:
             load(sample.video, sample.video_start, sample.video_end)
         with timed(seconds, "generate"), torch.no_grad():
             policy, encoder = model.load(config.model, DEVICE, DTYPE)
-            policy.qwen.set_attn_implementation("sdpa")
+            as_published(policy.qwen)
             for sample in samples:
                 inputs = repeat([tasks.prepare(sample, tasks.TASKS["TVG"], encoder, load)], 1)
                 ids = policy.qwen.generate(     # (1, P + <= C)

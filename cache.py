@@ -45,7 +45,7 @@ class Cache:
                 file.readinto(array)
                 if zlib.crc32(array, zlib.crc32(line)).to_bytes(4, "big") != file.read():
                     return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         try:
             os.utime(path)

@@ -24,7 +24,9 @@ calls a file that is too short for its part undecodable.
 
 A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
 its reason, never silently dropped. A video is looked for in its folder and the subfolders: by id with any usual
-extension, by the annotated path, and by ever shorter ends of that path, down to the bare name.
+extension, by the annotated path, and by ever shorter ends of that path, down to the bare name. An annotation file may
+be anybody's: a path that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the
+file it names is taken if there is one, else the bare name is looked for in the folder. Links in it are followed.
 
     python data.py train.txt                     the linter: one json object of counts; a summary on standard error
     python data.py train.txt --videos videos/    also looks up and decodes every video
@@ -36,7 +38,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -77,25 +80,38 @@ class Rejected:
         return f"{self.place}: {self.reason} ({self.detail})"
 
 
-def read(path: str, videos: str | None) -> tuple[list[Sample], list[Rejected]]:
+def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[list[Sample], list[Rejected]]:
     """Samples of an annotation file, their videos looked up in the folder `videos`, and what had to be rejected.
 
     A video that is not there stays a sample, with the path where it was expected; with `videos` None none is looked up.
-    Raises AnnotationError when the file or the folder cannot be read, or no sample is left.
+    Raises AnnotationError when the file or the folder cannot be read, no sample is left, or no video is there.
     """
-    name, _, items = parse(path)
+    name, _, items = parse(path, allow_outside or videos is None)
     samples = [item for item in items if isinstance(item, Sample)]
     rejected = [item for item in items if isinstance(item, Rejected)]
     if not samples:
         raise AnnotationError(f"{path}: no usable sample in this {name} file, {len(rejected)} rejected, the first at "
                               f"{rejected[0]}; mend it, or give --annotations {KNOWN}")
     if videos is not None:
-        find = finder(videos)
+        find = finder(videos, allow_outside)
         samples = [replace(sample, video=find(sample.video)) for sample in samples]
+        if not any(os.path.exists(sample.video) for sample in samples):     # the first one is, as a rule
+            raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video}; give "
+                                  "--videos the folder of the videos")
     return samples, rejected
 
 
-def parse(path: str) -> tuple[str, int, list[Sample | Rejected]]:
+def missing(samples: list[Sample]) -> list[str]:
+    """The paths of the samples' videos that are not there."""
+    return [video for video in dict.fromkeys(sample.video for sample in samples) if not os.path.exists(video)]
+
+
+def leaves(video: str) -> bool:
+    """Whether an annotated path may lead out of the folder of the videos."""
+    return PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts
+
+
+def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample | Rejected]]:
     """(the name of a file's format, how many sentences it holds, what became of them); `video` is as annotated.
 
     Raises AnnotationError when the file cannot be read, or has none of the formats.
@@ -133,6 +149,9 @@ def parse(path: str) -> tuple[str, int, list[Sample | Rejected]]:
         for item in found:
             if isinstance(item, Sample) and item.id in ids:
                 item = Rejected(path + place, "twice", f"there is a sample {item.id!r} before it")
+            elif isinstance(item, Sample) and leaves(item.video) and not allow_outside:
+                item = Rejected(path + place, "its path leaves the folder of the videos", f"{item.video!r}; "
+                                "--allow_outside takes that file, or of its name the one in the folder")
             ids.add(getattr(item, "id", None))
             items.append(item)
     return name, sentences, items
@@ -235,7 +254,7 @@ def bare(path: str) -> str:
     return stem(PurePosixPath(path).name)
 
 
-def finder(folder: str) -> Callable[[str], str]:
+def finder(folder: str, allow_outside: bool = False) -> Callable[[str], str]:
     """find(video), of an id or an annotated path, is the path of its file in the folder, or else where it was expected.
 
     Of two files of one name the one in the upper folder is meant, then that of the extension first in EXTENSIONS.
@@ -263,7 +282,9 @@ def finder(folder: str) -> Callable[[str], str]:
 
     def find(video: str) -> str:
         path = PurePosixPath(video)
-        parts = path.parts[-1:] if path.is_absolute() or ".." in path.parts else path.parts     # never out of the folder
+        if allow_outside and leaves(video) and os.path.isfile(os.path.join(folder, video)):
+            return os.path.join(folder, video)
+        parts = path.parts[-1:] if leaves(video) else path.parts
         ends = ["/".join(parts[i:]) for i in range(len(parts))]
         expected = os.path.join(folder, path.name if bare(video) != path.name else path.name + EXTENSIONS[0])
         return next((files[key] for end in ends for key in (end, stem(end)) if key in files), expected)
@@ -289,15 +310,25 @@ def pick(samples: list, index: int, seed: int, make):
     raise errors[-1]
 
 
+def pick_all(samples: list, indices: Iterable[int], seed: int, make, threads: int) -> list[tuple]:
+    """What `pick` returns for each of `indices`, in their order; it does not depend on the number of threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda index: pick(samples, index, seed, make), indices))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the counts of an annotation file as one json object, and in words what is wrong with it; returns the exit
     code: 2 when no sample is left."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("file", help=KNOWN)
     parser.add_argument("--videos", help="folder of the video files: look each one up and decode it, which takes a while")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
+    parser.add_argument("--allow_outside", action="store_true", help="accept annotated paths that leave that folder")
     args = parser.parse_args(argv)
     try:
-        samples, rejected = read(args.file, args.videos)
+        if args.workers < 1:
+            raise AnnotationError(f"--workers {args.workers}: give at least 1")
+        samples, rejected = read(args.file, args.videos, args.allow_outside)
     except AnnotationError as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -312,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     notes += [f"{count} rejected: {reason}; the first: {next(item for item in rejected if item.reason == reason)}"
               for reason, count in report["rejected"].items()]
     if args.videos is not None:
-        for kind, bad in zip(("missing", "undecodable"), check_videos(samples)):
+        for kind, bad in zip(("missing", "undecodable"), check_videos(samples, args.workers)):
             report[kind] = len(bad)
             notes += [f"{len(bad)} videos {kind}", *(f"  {bad[path]}" for path in list(bad)[:5])]
     print("\n".join(notes), file=sys.stderr)
@@ -320,17 +351,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_videos(samples: list[Sample]) -> tuple[dict[str, str], dict[str, str]]:
+def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """path -> what is wrong: the videos that are missing, and those that cannot be decoded or do not hold their part."""
-    missing, undecodable, load = {}, {}, Loader()
-    videos = dict.fromkeys((sample.video, sample.video_start, sample.video_end) for sample in samples)
-    for path, start, end in tqdm(videos, desc="decoding", dynamic_ncols=True):
+    missing, undecodable, load = {}, {}, Loader(workers=workers)
+
+    def wrong(video: tuple) -> str | None:
+        path, start, end = video
         try:
             clip = load(path, start=start, end=end)
-            if end is not None and clip.duration < end - start - OVERSHOOT:
-                raise VideoError(f"{path}: has only {clip.duration:.1f} s of its part from {start:g} to {end:g} s")
         except VideoError as error:
-            (undecodable if os.path.exists(path) else missing)[path] = str(error)
+            return str(error)
+        if end is not None and clip.duration < end - start - OVERSHOOT:
+            return f"{path}: has only {clip.duration:.1f} s of its part from {start:g} to {end:g} s"
+
+    videos = list(dict.fromkeys((sample.video, sample.video_start, sample.video_end) for sample in samples))
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(wrong, videos), desc="decoding", total=len(videos), dynamic_ncols=True)
+        for (path, *_), error in zip(videos, found):
+            if error:
+                (undecodable if os.path.exists(path) else missing)[path] = error
     return missing, undecodable
 
 

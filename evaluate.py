@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ class Config:
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     max_tokens: int = flag(1024, "longest completion")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
@@ -64,7 +66,7 @@ class Config:
 def main(config: Config) -> dict[str, float | list[float]]:
     """Evaluate and return the scores, which are also in scores.json."""
     check(config)
-    samples, rejected = data.read(config.annotations, config.videos or None)
+    samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
     scores = score_predictions(config.predictions, samples) if config.predictions else summarise(predict(config, samples))
     scores["rejected"] = len(rejected)
     if config.output and os.environ.get("RANK", "0") == "0":
@@ -76,20 +78,22 @@ def main(config: Config) -> dict[str, float | list[float]]:
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     """The prediction rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
     rank, world, device = launch.start_process()
-    output, work = Path(config.output), []                  # work: (task, number of the batch's first sample, samples)
+    output, work, chosen = Path(config.output), [], []      # work: (task, [(number of the sample, sample)]), a batch each
     for task in map(tasks.TASKS.get, config.tasks):
-        pool = tasks.with_verb(samples) if task.segment else samples
-        firsts = range(0, len(pool), config.batch_size)[:config.steps or None]
-        work += [(task, first, pool[first:first + config.batch_size]) for first in firsts]
+        pool = list(enumerate(tasks.with_verb(samples) if task.segment else samples))
+        pool = pool[:config.steps * config.batch_size or None]
+        chosen += [(task.name, sample.id) for _, sample in pool]
+        pool = by_length(pool, task)
+        work += [(task, pool[i:i + config.batch_size]) for i in range(0, len(pool), config.batch_size)]
     key = lambda row: (row["task"], row["id"])
     done = launch.gather([answered(config)] if rank == 0 else [])[0]        # the first process reads for all
     rows, new = {key(row): row for row in done}, []
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
-    todo = [(task, first, batch) for task, first, batch in work if any((task.name, s.id) not in rows for s in batch)]
+    todo = [(task, batch) for task, batch in work if any((task.name, sample.id) not in rows for _, sample in batch)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
         load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
-        see = (lambda *part, **parts: load(*part, **parts).grey()) if config.blind else load
+        see = lru_cache(maxsize=1)(lambda *part: load(*part).grey() if config.blind else load(*part))
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
@@ -97,7 +101,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
             launch.write_config(config, output)
         launch.gather([rank])                               # nobody writes an answer before its config is written
         mine = todo[rank::world]
-        prepare = lambda task, _, batch: [attempt(sample, task, encoder, see) for sample in batch]
+        prepare = lambda task, batch: [attempt(sample, task, encoder, see) for _, sample in batch]
         with ThreadPoolExecutor(1) as background, open(output / f"predictions.rank{rank}.jsonl", "a") as part:
             upcoming = [background.submit(prepare, *item) for item in mine[:1]]
             for number, item in enumerate(tqdm(mine, desc="evaluate", disable=rank > 0, dynamic_ncols=True), 1):
@@ -108,7 +112,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
                 part.flush()
                 new += answers
     rows.update((key(row), row) for row in launch.gather(new))
-    rows = [rows[task.name, sample.id] for task, _, batch in work for sample in batch]
+    rows = [rows[name] for name in chosen]
     if rank == 0:
         launch.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for part in output.glob("predictions.rank*.jsonl"):
@@ -116,16 +120,32 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     return rows
 
 
+def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tuple[int, data.Sample]]:
+    """(number, sample) sorted by the seconds of video to be seen, longest first, so that a batch has prompts of about
+    one length and memory trouble shows at once. The queries of a video stay together: it is decoded and seen once."""
+    last = {}       # where the duration is unknown, a video is at least as long as its last segment
+    for _, sample in pool:
+        last[sample.video] = max(sample.duration or 0.0, sample.end, last.get(sample.video, 0.0))
+    seconds = lambda sample: sample.end - sample.start if task.segment else last[sample.video]
+    return sorted(pool, key=lambda item: (-seconds(item[1]), item[1].video, item[0]))
+
+
 def check(config: Config) -> None:
     """Raise ValueError, naming the flag, for a config that cannot work, or with which --output was not begun."""
     if bool(config.predictions) == bool(config.model) or config.model and not (config.videos and config.output):
         raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers to score")
-    if not config.tasks or set(config.tasks) - set(tasks.TASKS) or config.batch_size < 1:
-        raise ValueError(f"--tasks {' '.join(config.tasks)} --batch_size {config.batch_size}: choose tasks from "
-                         f"{' '.join(tasks.TASKS)}, and at least 1 query at once")
+    if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
+        raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
+    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit")
+    if config.output:
+        launch.check_output(config.output)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
+                from error
         if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
                      if name != "output" and old.get(name, "?") != value]:
             raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")
@@ -162,18 +182,18 @@ def attempt(sample: data.Sample, task: tasks.Task, encoder, load: Callable) -> m
         return error
 
 
-def answer(config: Config, policy, encoder, task: tasks.Task, first: int, batch: list, prompts: list) -> list[dict]:
-    """A prediction row for each sample of a batch; `first` is the number of the first, for its random numbers."""
+def answer(config: Config, policy, encoder, task: tasks.Task, batch: list, prompts: list) -> list[dict]:
+    """A prediction row for each (number, sample) of a batch; its random numbers follow from its number."""
     readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, video.VideoError)]
     texts = [""] * len(batch)
     if readable:
-        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + first + i) for i in readable]
+        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + batch[i][0]) for i in readable]
         rollouts = grpo.rollout(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
                                 generators if config.temperature > 0 else None, config.temperature or 1.0)
         for i, text in zip(readable, encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])):
             texts[i] = text
     rows = []
-    for sample, prompt, text in zip(batch, prompts, texts):
+    for (_, sample), prompt, text in zip(batch, prompts, texts):
         row = {"id": sample.id, "task": task.name, "video": sample.video, "query": sample.query}
         if isinstance(prompt, video.VideoError):
             row["error"] = str(prompt)
@@ -202,7 +222,7 @@ def read_predictions(path: str) -> list[dict]:
             span = rewards.span(row.get("completion") or "") if None in span else tuple(map(float, span))
             start, end = span if span and np.isfinite(span).all() and not row.get("error") else (None, None)
             rows.append({**row, "start": start, "end": end})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no prediction ({error}); mend or remove the line") from error
     return rows
 

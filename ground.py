@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import MISSING, dataclass
 from itertools import islice
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,6 +47,11 @@ def main(config: Config) -> list[dict]:
     queries = [" ".join(query.split()) for query in config.queries]
     if not all(queries):
         raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to look for")
+    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels")
+    if config.png:
+        launch.check_output(Path(config.png).parent, "--png")
+        if Path(config.png).is_dir():
+            raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
     load = video.Loader(total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()

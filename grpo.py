@@ -24,6 +24,8 @@ from torch import Tensor
 from attention import Decoding, Packed
 from model import MERGE, Policy, Prompt
 
+PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -46,14 +48,16 @@ def pack(policy: Policy, prompts: list[Prompt]) -> dict[str, Tensor]:
 @torch.no_grad()
 def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts with their videos run through the vision tower, without gradient, each different video once."""
-    if prompts[0].video is not None:
-        return prompts
-    different = list({id(p.patches): p for p in prompts}.values())
-    batch = pack(policy, different)
-    features = policy(patches=batch["patches"], grid=batch["grid"])
-    sizes = [len(p.patches) // MERGE ** 2 for p in different]
-    of = {id(p.patches): part for p, part in zip(different, features.split(sizes))}
-    return [replace(p, video=of[id(p.patches)]) for p in prompts]
+    features, some = {}, []
+    different = {id(p.patches): p for p in prompts if p.video is None}
+    for key, prompt in different.items():
+        some.append(key)
+        if sum(len(different[k].patches) for k in some) >= PATCHES_AT_ONCE or key == list(different)[-1]:
+            batch = pack(policy, [different[k] for k in some])
+            video = policy(patches=batch["patches"], grid=batch["grid"])                    # (video tokens, H)
+            features.update(zip(some, video.split([len(different[k].patches) // MERGE ** 2 for k in some])))
+            some = []
+    return [p if p.video is not None else replace(p, video=features[id(p.patches)]) for p in prompts]
 
 
 def sample(logits: Tensor, uniform: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,9 +23,13 @@ def flag(default, help: str):
 def command_line(Config, main, doc: str) -> None:
     """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
     mend) ends with one line and exit code 2."""
-    parser = HfArgumentParser(Config, description=doc.split("\n\n")[0])
+    parser = HfArgumentParser(Config, description=doc.split("\n\n")[0], allow_abbrev=False,
+                              usage="%(prog)s --flag value ...   (--help lists the flags)")
     try:
-        main(parser.parse_args_into_dataclasses()[0])
+        config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
+        main(config)
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -32,6 +37,27 @@ def command_line(Config, main, doc: str) -> None:
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_numbers(config, *positive: str) -> None:
+    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those named here
+    above 0, and a probability, ..._prob, at most 1."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            below, high = name not in positive, 1 if name.endswith("_prob") else 1e12
+            if not (0 < value <= high or below and value == 0):     # not so for NaN, either
+                raise ValueError(f"--{name} {value}: give a number {'from' if below else 'above'} 0" +
+                                 (" to 1" if high == 1 else " on" if below else ""))
+
+
+def check_output(path: str | Path, flag: str = "--output") -> None:
+    """Raise ValueError, naming the flag, unless files can be made in the folder `path`, or in the nearest one above it
+    that exists. Makes nothing that stays."""
+    try:
+        there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written to ({error.strerror}); give another folder") from error
 
 
 def start_process() -> tuple[int, int, str]:

@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 import attention
+import launch
 from attention import Decoding, Packed
 from video import Clip
 
@@ -115,6 +118,13 @@ class Encoder:
                                            skip_special_tokens=True)
 
 
+def embed_patches(embed: nn.Module, patches: Tensor) -> Tensor:
+    """(N, 1176) -> (N, hidden size): transformers' 3-D convolution, as the matrix product that it is for patches that do
+    not overlap; many times faster on a CPU."""
+    weight = embed.proj.weight.flatten(1)                                                           # (hidden size, 1176)
+    return F.linear(patches.to(weight.dtype), weight)
+
+
 class Policy(nn.Module):
     """Qwen2.5-VL with the one forward pass that sampling and scoring share.
 
@@ -127,6 +137,8 @@ class Policy(nn.Module):
         self.forbidden = forbidden
         qwen.model.language_model.config._attn_implementation = attention.TEXT
         qwen.model.visual.config._attn_implementation = attention.VISION
+        embed = qwen.model.visual.patch_embed
+        embed.forward = MethodType(embed_patches, embed)
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """(n, hidden size) -> logits (n, V) of the distribution that is sampled from and scored, at least fp32."""
@@ -189,7 +201,8 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
         qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True,
                                                                   attn_implementation="sdpa").to(device)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder}: its weights cannot be read ({error}); copy the *.safetensors files again") from error
+        raise ModelError(f"{folder}: its weights cannot be read ({error}); "
+                         "copy the *.safetensors files again") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
@@ -198,17 +211,43 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return Policy(qwen, forbidden), Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
 
 
-def shard(policy: Policy) -> Policy:
-    """Spread a policy's weights, gradients and optimizer states over all processes (FSDP2), each decoder layer, the
-    vision tower and the root a unit of its own; compute in bf16 on GPUs, fp32 on CPUs. One CPU process stays as it is.
+@cache      # the policy and the reference share its groups of processes
+def mesh() -> DeviceMesh:
+    """Which processes share a model: all of them, or on several nodes of several processes each (replicate, shard):
+    those of a node share one, so that weights travel over its fast links and only gradients between nodes.
+
+    Raises ValueError when the nodes differ in size."""
+    world, device = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = launch.gather([int(os.environ.get("LOCAL_WORLD_SIZE", world))])     # torchrun's
+    if len(set(sizes)) > 1:
+        raise ValueError(f"--nproc_per_node differs between nodes ({sorted(set(sizes))}); "
+                         "give every node's torchrun the same number")
+    if 1 < sizes[0] < world:
+        return init_device_mesh(device, (world // sizes[0], sizes[0]), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (world,))
+
+
+def shard(policy: Policy, compute: torch.dtype | None = None) -> Policy:
+    """Spread a policy's weights, gradients and optimizer states over the processes of `mesh` (FSDP2): each decoder
+    layer, the vision tower and the root is a unit of its own, gathered only while it computes. Gradients are averaged
+    over all processes. Computes in `compute`, by default bf16 on GPUs and fp32 on CPUs; weights and gradients keep the
+    precision that the policy was loaded in. One CPU process stays as it is.
 
     The policy comes on the CPU and reaches the GPU a unit at a time, so that none holds it whole in fp32."""
     if not dist.is_initialized():
         return policy
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
-        if torch.cuda.is_available() else MixedPrecisionPolicy()
+    compute = compute or (torch.bfloat16 if torch.cuda.is_available() else None)
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
     for unit in (*policy.qwen.model.language_model.layers, policy.qwen.model.visual, policy):
-        fully_shard(unit, mp_policy=precision)
+        fully_shard(unit, mesh=mesh(), mp_policy=precision, reshard_after_forward=True)
+    return policy
+
+
+def checkpoint_activations(policy: Policy) -> Policy:
+    """Keep only the input of each decoder layer and vision block, and compute the rest again in the backward pass: less
+    memory, and up to a third more time. Sampling, which has no backward pass, is as it was."""
+    for block in (*policy.qwen.model.language_model.layers, *policy.qwen.model.visual.blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)     # inside the hooks of FSDP2
     return policy
 
 

@@ -26,16 +26,18 @@ PANELS = [   # title, keys, label of the y axis, its upper end (None: the data's
 
 
 def read(path):
-    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts; without a torn last line and NaN."""
+    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts of a task and finite numbers; without a
+    torn last line."""
     path = Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the output folder of train.py")
-    lines, steps = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    lines, steps = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n"), []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line, parse_constant=lambda _: None)
-            steps.append({"task": "?", **step, "step": int(step["step"])})
-        except (ValueError, KeyError, TypeError) as error:
+            step = json.loads(line)
+            numbers = {key: value for key, value in step.items() if type(value) in (int, float) and abs(value) < 1e15}
+            steps.append({**numbers, "task": str(step.get("task", "?")), "step": int(numbers["step"])})
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
             if number < len(lines):   # the last one may be half written
                 raise ValueError(f"{path}: line {number} is not the JSON object of a step; remove it") from error
     if not steps:
@@ -128,9 +130,11 @@ def main(arguments=None):
     parser.add_argument("--output", default="curves.png", help="the picture to write")
     options = parser.parse_args(arguments)
     try:
+        if Path(options.output).is_dir():
+            raise ValueError(f"--output {options.output}: is a folder; give the name of a picture")
         curves({run: run for run in options.runs}, options.output)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, f"plot.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -259,6 +259,9 @@ def main(argv: list[str] | None = None) -> int:
               "rewards.py: TVG needs the true segment in seconds: --segment START END", file=sys.stderr)
         return 2
     start, end = args.segment or (None, None)
+    if args.segment and not (0 <= start < end < math.inf):
+        print(f"rewards.py: --segment {start:g} {end:g}: give a start from 0 s on and an end after it", file=sys.stderr)
+        return 2
     options = {"by_cosine": True} if args.cosine and args.task != "TVG" else {}
     reward = tasks[args.task](args.completion, SimpleNamespace(query=args.query, start=start, end=end), **options)
     print(json.dumps({**reward.parts, "total": reward.total}))

@@ -44,6 +44,8 @@ class Config:
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
@@ -57,11 +59,12 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[dat
         return [(s, tasks.TASKS["VD"], f"<think>{s.query}</think> <answer>{s.query}</answer>")
                 for s in samples if s.id in with_verb]
     by_id, found = {sample.id: sample for sample in samples}, []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    content = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    for number, line in enumerate(content.split("\n"), 1):      # not splitlines(): see data.parse
         try:
             row = json.loads(line)
-            found.append((by_id[row["id"]], tasks.TASKS[row["task"]], row["completion"]))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append((by_id[row["id"]], tasks.TASKS[row["task"]], data.text(row["completion"])))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no demonstration ({error!r}); it needs the id of a sample, a task "
                              f"({', '.join(tasks.TASKS)}) and a completion") from error
     return [row for row in found if not row[1].segment or row[0].id in with_verb]
@@ -71,12 +74,19 @@ def main(config: Config) -> None:
     rank, world, _ = launch.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    samples, rejected = data.read(config.annotations, config.videos)
+    launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
+                         "workers")
+    launch.check_output(config.output)
+    samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     rows = read_demonstrations(config.demonstrations, samples)
+    if not rows:
+        raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
+                         "give demonstrations of TVG, or other annotations")
     policy, encoder = model.load(config.model)
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
+    load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
+                        total_pixels=config.total_pixels)
     output = Path(config.output)
 
     def make(row: tuple) -> tuple[model.Prompt, torch.Tensor]:
@@ -87,13 +97,14 @@ def main(config: Config) -> None:
     if rank == 0:
         launch.write_config(config, output)
         (output / "metrics.jsonl").write_text("")
-        tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected")
+        tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
+                   f"{len(data.missing(samples))} videos missing")
         for item in rejected:
             tqdm.write(f"rejected {item}")
 
     def prepare(step: int) -> list:
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        return [data.pick(rows, index, config.seed, make) for index in share]
+        return data.pick_all(rows, share, config.seed, make, config.workers)
 
     background = ThreadPoolExecutor(1)
     upcoming = background.submit(prepare, 0)

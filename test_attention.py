@@ -1,7 +1,8 @@
 """Attention of packed groups and of the vision tower's windows against the plain form with a mask; dropped rows."""
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 import attention
 import grpo
@@ -74,12 +75,14 @@ def test_windows_see_themselves(lengths):
 
 
 def test_vision_tower_equals_transformers(tiny, monkeypatch):
-    """Windows in one batch against transformers' own one by one, on frames with whole and cut windows."""
+    """Windows in one batch against transformers' own one by one, on frames with whole and cut windows; and the patches'
+    embedding as a matrix product against its convolution."""
     visual = tiny[0].qwen.model.visual
     grid = torch.tensor([[2, 12, 20], [1, 4, 2]])                   # 8 x 8 patches are a window
     patches = random(int(grid.prod(1).sum()), 1176)
     ours = visual(patches, grid_thw=grid).pooler_output
     monkeypatch.setattr(visual.config, "_attn_implementation", "sdpa")
+    monkeypatch.setattr(visual.patch_embed, "forward", partial(type(visual.patch_embed).forward, visual.patch_embed))
     torch.testing.assert_close(ours, visual(patches, grid_thw=grid).pooler_output, rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The two ways agree; the table, the fit and the picture come from the numbers; evaluation is compared answer by answer."""
+"""The two ways agree; table, fit and picture come from the numbers; evaluation is compared answer by answer."""
 import json
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def test_the_ways_do_the_same():
     policy, reference, optimizer = bench.prepare(config, "ours")
     ours = bench.step(config, "ours", policy, reference, optimizer)
     for plain in (policy, reference):
-        plain.qwen.set_attn_implementation("sdpa")
+        bench.as_published(plain.qwen)
     theirs = bench.step(config, "repeated", policy, reference, optimizer)
     torch.testing.assert_close(torch.tensor(ours["logp"]), torch.tensor(theirs["logp"]), rtol=1e-5, atol=1e-5)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and ours["loss"] != 0
@@ -28,8 +28,8 @@ def test_the_ways_do_the_same():
 
 
 def fake(seconds, **numbers):
-    return {"seconds": dict.fromkeys(bench.PARTS, seconds), "before": 2 ** 30, "peak": 2 ** 31, "loss": 1.0, "grad_norm": 1.0,
-            "logp": [-1.0], "prompt": 39, "grid": [3, 6, 6], "rate": 1e9, **numbers}
+    return {"seconds": dict.fromkeys(bench.PARTS, seconds), "before": 2 ** 30, "peak": 2 ** 31, "rate": 1e9, "loss": 1.0,
+            "grad_norm": 1.0, "logp": [-1.0], "prompt": 39, "grid": [3, 6, 6], **numbers}
 
 
 def test_table_and_last_line(monkeypatch, capsys):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -314,3 +315,23 @@ def test_unreadable_video_is_replaced_and_named():
     assert [p[:2] for p in picked] == [data.pick(list(range(10)), i, 0, make)[:2] for i in range(10)]
     with pytest.raises(VideoError, match="broken"):
         data.pick([1, 2, 3], 0, 0, make)
+
+
+def test_any_number_of_threads_picks_the_same():
+    running, most = [], []
+
+    def make(sample):
+        running.append(sample)
+        most.append(len(running))
+        time.sleep(0.01 if sample % 3 else 0.03)        # so that they end in another order
+        running.remove(sample)
+        if sample % 4 == 0:
+            raise VideoError(f"{sample}: broken")
+        return -sample
+
+    alone, together = (data.pick_all(list(range(20)), range(3, 15), 7, make, threads) for threads in (1, 4))
+    plain = lambda picked: [(sample, made, [str(error) for error in errors]) for sample, made, errors in picked]
+    assert plain(alone) == plain(together) == plain([data.pick(list(range(20)), i, 7, make) for i in range(3, 15)])
+    assert any(errors for *_, errors in alone) and 1 < max(most) <= 4
+    with pytest.raises(VideoError, match="broken"):
+        data.pick_all([4, 8], range(2), 0, make, 2)

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
+import grpo
 import model
+import tasks
+import video
 from test_train import torchrun
 
 
@@ -70,6 +73,23 @@ def test_batches_do_not_change_answers_and_blind_does(folder, tmp_path):
     assert one == many and one.keys() == blind.keys() and one != blind
 
 
+def test_batches_are_sorted_and_a_video_is_decoded_once(folder, tmp_path, monkeypatch):
+    """Longest videos first, all queries of a video together: one call of the loader, one pass of the vision tower each."""
+    samples = data.read(str(folder / "test.txt"), str(folder / "videos"))[0]
+    order = [s for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS["TVG"])]
+    last = {video: max(s.end for s in samples if s.video == video) for video in {s.video for s in samples}}
+    assert [last[s.video] for s in order] == sorted((last[s.video] for s in samples), reverse=True)
+    spans = [s.end - s.start for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS["AR"])]
+    assert spans == sorted(spans, reverse=True)
+
+    loaded, seen, load, pack = [], [], video.Loader.__call__, grpo.pack
+    monkeypatch.setattr(video.Loader, "__call__", lambda self, *part: loaded.append(part[0]) or load(self, *part))
+    monkeypatch.setattr(grpo, "pack", lambda policy, prompts: seen.append([p.video is None for p in prompts]) or pack(policy, prompts))
+    evaluate.main(config(folder, tmp_path / "out", tasks=["TVG"], batch_size=len(samples)))
+    assert sorted(loaded) == sorted(last) and len(samples) > len(last)
+    assert sum(sum(some) for some in seen) == len(last)
+
+
 def test_unknown_task_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="--tasks XX"):
         evaluate.main(config(folder, tmp_path / "out", tasks=["XX"]))
@@ -84,11 +104,11 @@ def stop_after(monkeypatch, batches):
     """evaluate.answer answers so many batches, then the run ends; returns the numbers of samples that it was asked for."""
     answer, asked = evaluate.answer, []
 
-    def limited(config, policy, encoder, task, first, batch, prompts):
+    def limited(config, policy, encoder, task, batch, prompts):
         if len(asked) == batches:
             raise Stop
         asked.append(len(batch))
-        return answer(config, policy, encoder, task, first, batch, prompts)
+        return answer(config, policy, encoder, task, batch, prompts)
 
     monkeypatch.setattr(evaluate, "answer", limited)
     return asked
@@ -99,8 +119,11 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     settings = lambda name: replace(config(folder, tmp_path / name, **flags), model=str(warm))
     whole = evaluate.main(settings("one"))
     text = (tmp_path / "one" / "predictions.jsonl").read_text()
-    order = [s.id for s in data.read(str(folder / "test.txt"), str(folder / "videos"))[0]]
+    samples = data.read(str(folder / "test.txt"), str(folder / "videos"))[0]
+    order = [s.id for s in samples]
     rows = [json.loads(line) for line in text.splitlines()]
+    at = {(row["task"], row["id"]): i for i, row in enumerate(rows)}
+    worked = [at[name, s.id] for name in ("TVG", "AR") for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS[name])]
     assert [row["id"] for row in rows] == order * 2 and len({row["completion"] for row in rows}) > 1
     batches = 2 * -(-len(order) // 2)
 
@@ -113,12 +136,12 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     assert asked == [2] and not (killed / "predictions.jsonl").exists() and not (killed / "scores.json").exists()
     part = killed / "predictions.rank0.jsonl"
     done = [json.loads(line) for line in part.read_text().splitlines() if line]
-    part.write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in done) + json.dumps(rows[4])[:40])
-    (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in rows[2:4]))
+    part.write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in done) + json.dumps(rows[worked[4]])[:40])
+    (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**rows[i], "kept": 1}) + "\n" for i in worked[2:4]))
 
     torchrun("evaluate.py", 2, settings("two"))
     resumed = [json.loads(line) for line in (killed / "predictions.jsonl").read_text().splitlines()]
-    assert [i for i, row in enumerate(resumed) if row.pop("kept", None)] == [0, 1, 2, 3] and resumed == rows
+    assert [i for i, row in enumerate(resumed) if row.pop("kept", None)] == sorted(worked[:4]) and resumed == rows
     assert json.loads((killed / "scores.json").read_text()) == whole
     assert sorted(p.name for p in killed.iterdir()) == ["config.json", "inputs.json", "predictions.jsonl", "scores.json"]
 
@@ -128,8 +151,8 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     monkeypatch.undo()
     (killed / "predictions.jsonl").unlink()
     lines = text.splitlines(keepends=True)
-    (killed / "predictions.rank0.jsonl").write_text("".join(lines[:4]))
-    (killed / "predictions.rank1.jsonl").write_text("".join(lines[6:]) + lines[4])      # one of the batch [4, 5]
+    (killed / "predictions.rank0.jsonl").write_text("".join(lines[i] for i in worked[:4]))
+    (killed / "predictions.rank1.jsonl").write_text("".join(lines[i] for i in worked[6:] + worked[4:5]))    # one of a batch
     asked = stop_after(monkeypatch, batches)
     assert evaluate.main(settings("two")) == whole and asked == [2]
     assert (killed / "predictions.jsonl").read_text() == text

@@ -8,6 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import bench
 import grpo
+import model
 import plan
 
 SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6, side=112,
@@ -91,10 +92,10 @@ def test_a_lone_completion_is_a_longer_prompt():
 def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
     """Peak of forward and backward pass, beside weights and gradients."""
     config, policy, prompts, completions = small
-    policy.to(dtype).train()
+    policy.to(dtype)
     policy.qwen.model.visual.requires_grad_(not freeze)
     if recompute:
-        policy.qwen.gradient_checkpointing_enable()
+        model.checkpoint_activations(policy)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())

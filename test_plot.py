@@ -71,7 +71,7 @@ def test_files_that_cannot_be_drawn_end_with_one_line_and_code_2(tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         plot.main([str(path), "--output", str(tmp_path / "curves.png")])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith(str(path)) and said.count("\n") == 1
+    assert stop.value.code == 2 and said.startswith(f"plot.py: {path}") and said.count("\n") == 1
     assert not (tmp_path / "curves.png").exists()
 
 

@@ -60,11 +60,21 @@ def test_two_processes_are_one(folder, warm, tmp_path):
     assert (change(after) - change(sharded)).norm() < 0.02 * change(after).norm()   # Adam enlarges tiny differences
 
 
-def test_same_seed_same_run(folder, warm, tmp_path):
-    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        train.main(config(folder, tmp_path / name, steps=2, seed=seed))
+def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
+    """With broken videos among them, which are replaced alike."""
+    files = tmp_path / "videos"
+    files.mkdir()
+    for number, path in enumerate(sorted((folder / "videos").iterdir())):
+        (files / path.name).symlink_to(path if number % 3 else __file__)
+    for name, seed, workers in (("first", 1, 1), ("again", 1, 3), ("other", 2, 2)):
+        train.main(config(folder, tmp_path / name, videos=str(files), steps=2, prompts_per_step=3, seed=seed,
+                          workers=workers))
     first, again, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("first", "again", "other"))
     assert first == again != other
+    one, three = (rows(tmp_path / name / "metrics.jsonl") for name in ("first", "again"))
+    assert [{**row, "seconds": 0, "tokens_per_second": 0} for row in one] == \
+        [{**row, "seconds": 0, "tokens_per_second": 0} for row in three]
+    assert sum(row["bad_videos"] for row in one) > 0 and any(row["grad_norm"] > 0 for row in one)
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

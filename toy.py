@@ -199,6 +199,10 @@ class Config:
 
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
+    launch.check_numbers(config, "steps", "learning_rate", "prompts_per_step", "warm_steps")
+    launch.check_output(config.output)
+    if config.warm_start and not (Path(config.warm_start) / "config.json").is_file():
+        raise ValueError(f"--warm_start {config.warm_start}: not a model folder, it has no config.json")
     world, small = Path(config.output), config.steps < 20
     world.mkdir(parents=True, exist_ok=True)
     launch.write_config(config, world)

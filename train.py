@@ -58,6 +58,8 @@ class Config:
     max_tokens: int = flag(1024, "longest completion; the authors' value")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
+    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
@@ -66,8 +68,8 @@ class Config:
 
 def check(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    if not 0 <= config.tvg_prob <= 1:
-        raise ValueError(f"--tvg_prob {config.tvg_prob} is no probability; give a value from 0 to 1")
+    launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
+                         "cache_gb", "video_limit", "workers")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
@@ -75,15 +77,13 @@ def check(config: Config, world: int) -> None:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
-    for name, least in (("steps", 1), ("max_tokens", 1), ("seed", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    launch.check_output(config.output)
 
 
 def main(config: Config) -> None:
     rank, world, device = launch.start_process()
     check(config, world)
-    samples, rejected = data.read(config.annotations, config.videos)
+    samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     invertible = tasks.with_verb(samples) if config.tvg_prob < 1 else []
     if config.tvg_prob < 1 and not invertible:
         raise ValueError(f"{config.annotations}: no query with a verb, so no inversion task; give --tvg_prob 1")
@@ -94,12 +94,14 @@ def main(config: Config) -> None:
     policy = model.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=0.0)
-    load = video.Loader(config.video_limit, config.cache, config.cache_gb, total_pixels=config.total_pixels)
+    load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
+                        total_pixels=config.total_pixels)
     output = Path(config.output)
     if rank == 0:
         launch.write_config(config, output)
         without = f", {len(samples) - len(invertible)} without a verb" if config.tvg_prob < 1 else ""
-        tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}; {world} process(es) on {device}")
+        tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}, "
+                   f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
         for item in rejected:
             tqdm.write(f"rejected {item}")
 
@@ -109,7 +111,8 @@ def main(config: Config) -> None:
         pool = invertible if task.segment else samples
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)
         make = partial(tasks.prepare, task=task, encoder=encoder, load=load)
-        return task, [(index, *data.pick(pool, index, config.seed, make)) for index in share]
+        picked = data.pick_all(pool, share, config.seed, make, config.workers)
+        return task, [(index, *one) for index, one in zip(share, picked)]
 
     with ThreadPoolExecutor(1) as background, open_logs(output, rank, config.group_size) as log:
         upcoming = background.submit(prepare, 0)

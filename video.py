@@ -19,11 +19,11 @@ The rules are those of Qwen2.5-VL (even number of frames, sides that are multipl
 import json
 import math
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +49,10 @@ decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by Vi
 
 class VideoError(ValueError):
     """A video that cannot be used; the message is one line that names the file and the cause."""
+
+
+class VideoTimeout(VideoError):
+    """A video that takes too long to decode."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,7 @@ def load(path, start=None, end=None, fps=2.0, total_pixels=TOTAL_PIXELS, min_pix
     Frames are upright: decord applies the rotation that phones write into a file.
     Raises VideoError: file missing, not a video, or broken where it has to be decoded; part outside the video.
     """
-    if not Path(path).is_file():
-        kind = "is not a regular file" if Path(path).exists() else "no such video file; check the path and the id"
-        raise VideoError(f"{path}: {kind}")
+    require_file(path)
     if Path(path).suffix.lower() in MISREAD:
         raise VideoError(f"{path}: decord misreads this format; convert it with ffmpeg -i {Path(path).name} video.mp4")
     try:   # fault_tol: more than 4 frames replaced by their neighbours count as a broken file
@@ -131,6 +133,13 @@ def load(path, start=None, end=None, fps=2.0, total_pixels=TOTAL_PIXELS, min_pix
         raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
                          "get it again or re-encode it with ffmpeg") from error
     return Clip(torch.cat(frames).contiguous(), float(n / (stop - begin)))
+
+
+def require_file(path):
+    """Raise VideoError unless there is a file at `path`."""
+    if not os.path.isfile(path):
+        kind = "is not a regular file" if os.path.exists(path) else "no such video file; check the path and the id"
+        raise VideoError(f"{path}: {kind}")
 
 
 def frame_times(reader):
@@ -173,44 +182,67 @@ def decode(reader, index):
 
 
 class Loader:
-    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in one worker process of the loader's own: a
-    decoder that hangs or crashes ends only that process and raises VideoError; the next call starts a new one.
+    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in worker processes of the loader's own: a
+    decoder that hangs or crashes ends only its process and raises VideoError. What has hung is not tried again.
 
-    The worker starts at the first call that needs it (a few seconds, to import torch) and ends with its parent, however
-    that ends. Several threads may call; they take turns. With `cache`, a folder, decoded clips are kept there.
+    Several threads may call: as many videos are decoded at a time as there are `workers`. A worker starts when it is
+    first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
     """
 
-    def __init__(self, limit=60.0, cache="", cache_gb=50.0, **options):
+    def __init__(self, limit=60.0, cache="", cache_gb=50.0, workers=1, **options):
         """`limit`: seconds that decoding a file may take; `cache_gb`: size of the cache; `options`: as for `load`."""
-        self.limit, self.options = limit, dict(OPTIONS, **options)
+        self.options, self.hung = dict(OPTIONS, **options), {}   # hung: the path -> what was said of it
         self.cache = Cache(cache, cache_gb) if cache else None
-        self.worker, self.pid, self.lock = None, None, threading.Lock()
+        self.workers = [Worker(limit) for _ in range(workers)]
+        self.free = queue.LifoQueue()   # the last one in has started already
+        for worker in self.workers:
+            self.free.put(worker)
 
     def __call__(self, path, start=None, end=None):
         path = os.path.abspath(path)
+        require_file(path)
         request = {"path": path, "start": start, "end": end, **self.options}
         key = None
-        if self.cache and os.path.isfile(path):
+        if self.cache:
             file = os.stat(path)
             key = {**request, "bytes": file.st_size, "mtime_ns": file.st_mtime_ns, "decoder": DECODER}
             entry = self.cache.get(key)
             if entry:
                 return Clip(torch.from_numpy(entry[0]), entry[1]["fps"])
-        with self.lock:
-            clip = self.ask(request)
+        worker = self.free.get()
+        try:
+            if path in self.hung:   # maybe while this thread waited for a worker
+                raise VideoTimeout(self.hung[path])
+            clip = worker.ask(request)
+        except VideoTimeout as error:
+            self.hung[path] = str(error)
+            raise
+        finally:
+            self.free.put(worker)
         if key:
             self.cache.put(key, clip.frames.numpy(), {"fps": clip.fps})
         return clip
 
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+
+
+class Worker:
+    """A process that decodes one video at a time for a Loader. It ends with its parent, however that ends."""
+
+    def __init__(self, limit):
+        self.limit, self.process, self.pid = limit, None, None   # pid: whose worker this is
+
     def ask(self, request):
-        """Have the worker decode, and read its answer: a line of json, then the bytes of the frames."""
-        if self.worker is None or self.pid != os.getpid():   # never share one with a fork
+        """Have the process decode, and read its answer: a line of json, then the bytes of the frames."""
+        if self.process is None or self.pid != os.getpid():   # never share one with a fork
             self.start()
-        cause = None
+        cause, kind = None, VideoError
         try:
             self.stream.write(json.dumps({**request, "limit": self.limit}).encode() + b"\n")
             self.stream.flush()
-            answer = json.loads(self.stream.readline())   # of an ended worker: empty, so a ValueError
+            answer = json.loads(self.stream.readline())   # of an ended process: empty, so a ValueError
             if "error" in answer:
                 raise VideoError(answer["error"])
             frames = torch.empty(answer["shape"], dtype=torch.uint8)
@@ -219,24 +251,25 @@ class Loader:
         except VideoError:
             raise
         except TimeoutError:
-            cause = f"not decoded within {self.limit:g} s; re-encode it with ffmpeg, or allow more time"
+            kind, cause = VideoTimeout, (f"not decoded within {self.limit:g} s, and not tried again in this run; "
+                                         "re-encode it with ffmpeg, or allow more time with --video_limit")
         except (OSError, ValueError):
             pass
         except BaseException:   # an interrupt: what is on the way must not answer the next request
             self.close()
             raise
         code = self.close()
-        raise VideoError(f"{request['path']}: " + (cause or f"crashed the decoder (exit code {code}); "
-                                                   "get it again or re-encode it with ffmpeg"))
+        raise kind(f"{request['path']}: " + (cause or f"crashed the decoder (exit code {code}); "
+                                             "get it again or re-encode it with ffmpeg"))
 
     def start(self):
         """Start this file as a script: so the caller's own main module is not imported again. Its standard output is
         closed to it, since decoders print; it talks over a socket."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), str(theirs.fileno())],
-                                           pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
         self.pid, self.stream = os.getpid(), ours.makefile("rwb")
         with ours:   # the stream keeps it open
             ours.settimeout(300)
@@ -250,20 +283,20 @@ class Loader:
                                     f"above, or try {sys.executable} -c 'import video'")
 
     def close(self):
-        """End the worker; returns its exit code, minus the signal's number if a signal ended it."""
-        worker, self.worker = self.worker, None
-        if worker is None or self.pid != os.getpid():
+        """End the process; returns its exit code, minus the signal's number if a signal ended it."""
+        process, self.process = self.process, None
+        if process is None or self.pid != os.getpid():
             return None
         try:
             self.stream.close()
         except OSError:   # unsent bytes
             pass
         try:
-            return worker.wait(0.2)   # it ended itself, or does so now that the stream is closed
+            return process.wait(0.2)   # it ended itself, or does so now that the stream is closed
         except subprocess.TimeoutExpired:
-            worker.kill()
+            process.kill()
         try:
-            return worker.wait(5)
+            return process.wait(5)
         except subprocess.TimeoutExpired:   # the kernel waits for a dead disk
             return None
 
