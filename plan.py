@@ -1,0 +1,175 @@
+"""What a step costs, on paper: parameters, operations and memory of a model of given shape, without running it.
+
+    python train.py --plan --model DIR --gpus 8 --gpu_memory 40         prints `report`; reads only DIR/config.json
+
+Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt once
+for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory is
+that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs.
+"""
+import math
+from pathlib import Path
+
+from transformers import Qwen2_5_VLConfig
+
+import model
+import video
+
+LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
+BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
+
+def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
+    """Number of weights by part; `layer` is one decoder layer, `layers` all of them. `total` counts tied embeddings once."""
+    text, vision = config.text_config, config.vision_config
+    h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    layer = 2 * h + (h * h + h) + 2 * (h * kv + kv) + h * h + 3 * h * text.intermediate_size
+    d, inner, merged = vision.hidden_size, vision.intermediate_size, vision.hidden_size * vision.spatial_merge_size ** 2
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    block = 2 * d + 4 * (d * d + d) + 3 * d * inner + 2 * inner + d
+    merger = d + merged * (merged + 1) + (merged + 1) * vision.out_hidden_size
+    parts = {"vision": patch * d + vision.depth * block + merger, "embeddings": text.vocab_size * h,
+             "layers": text.num_hidden_layers * layer + h,
+             "head": 0 if config.tie_word_embeddings else text.vocab_size * h}
+    return {**parts, "total": sum(parts.values()), "layer": layer}
+
+
+def windows(config: Qwen2_5_VLConfig, grid: tuple[int, int, int]) -> list[int]:
+    """Patches in each of the vision tower's windows of a video of `grid` (t, h, w) patches."""
+    merge = config.vision_config.spatial_merge_size
+    side = config.vision_config.window_size // config.vision_config.patch_size // merge     # in merged tokens
+    rows, columns = ([min(side, n // merge - i) for i in range(0, n // merge, side)] for n in grid[1:])
+    return [r * c * merge ** 2 for r in rows for c in columns] * grid[0]
+
+
+def forward_operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], rows: int,
+                       tokens: int) -> dict[str, int]:
+    """Operations of one forward pass over a prompt of so many tokens, with a video of `grid` patches, and `rows`
+    completions of `tokens` tokens, each of which sees the prompt and itself."""
+    text, vision = config.text_config, config.vision_config
+    sizes, n, frame = parameters(config), math.prod(grid), grid[1] * grid[2]
+    d, merge = vision.hidden_size, vision.spatial_merge_size ** 2
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    block = 2 * n * (4 * d * d + 3 * d * vision.intermediate_size)                          # of a block, linear
+    full = len(vision.fullatt_block_indexes)
+    pairs = full * grid[0] * frame ** 2 + (vision.depth - full) * sum(size ** 2 for size in windows(config, grid))
+    h = text.hidden_size
+    kv = h // text.num_attention_heads * text.num_key_value_heads
+    linear = 2 * text.num_hidden_layers * (sizes["layer"] - 3 * h - 2 * kv)                 # of a token, without biases
+    attention = 4 * text.num_hidden_layers * h                                              # of a (query, key) pair
+    return {"vision": 2 * n * patch * d + vision.depth * block + 4 * d * pairs
+            + 2 * n // merge * d * merge * (d * merge + vision.out_hidden_size),
+            "prompt": prompt * linear + attention * prompt * (prompt + 1) // 2,
+            "completions": rows * tokens * linear + attention * rows * tokens * (2 * prompt + tokens + 1) // 2,
+            "logits": 2 * rows * tokens * h * text.vocab_size}
+
+
+def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
+               reference: bool = True, freeze_vision: bool = False) -> dict[str, dict[str, int]]:
+    """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones."""
+    once = forward_operations(config, prompt, grid, group_size, tokens)
+    decoded = forward_operations(config, prompt, grid, group_size, tokens - 1)              # nothing follows the last
+    phases = {"prefill": {"vision": once["vision"], "prompt": once["prompt"]},
+              "decode": {"completions": decoded["completions"], "logits": once["logits"]}}
+    if reference:
+        phases["reference"] = once
+    phases["policy"] = {part: count * (1 if part == "vision" and freeze_vision else 3) for part, count in once.items()}
+    return phases
+
+
+def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: int, size: int = 2) -> int:
+    """Keys and values while sampling: the prompt's once, each completion's own in room that doubles from 64 tokens on."""
+    text, room = config.text_config, 64 * 2 ** max(0, math.ceil(math.log2(tokens / 64)))
+    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return 2 * size * text.num_hidden_layers * kv * (prompt + group_size * room)
+
+
+def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
+                     size: int = 2, freeze_vision: bool = False, recompute: bool = False) -> tuple[int, int]:
+    """(bytes that the forward pass keeps for the backward one, logits aside; bytes that a layer's backward pass works with).
+    A number has `size` bytes, 4 in the input of a norm. With `recompute` only the input of every layer is kept."""
+    text, vision, n, patches = config.text_config, config.vision_config, prompt + group_size * tokens, math.prod(grid)
+    h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    layer = 2 * n * h * (4 + 2 * size)                                          # both norms: in, normalised, out
+    layer += size * (n * (3 * h + 2 * kv) + group_size * tokens * h)            # q, k, v, attention's results
+    layer += size * 2 * kv * group_size * (prompt + tokens)                     # k, v of prompt and completion together
+    layer += size * 4 * n * text.intermediate_size                              # gate, its silu, up, their product
+    d, full = vision.hidden_size, len(vision.fullatt_block_indexes)
+    block = 0 if freeze_vision else patches * (2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size))
+    layers, blocks = text.num_hidden_layers * layer, vision.depth * block + full * 2 * patches * d * size
+    if recompute:
+        layers, blocks = text.num_hidden_layers * n * h * size, vision.depth * patches * d * size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    tower = 0 if freeze_vision else blocks + patches * (patch * size + d * (4 + 4 * size))      # patches, merger
+    return layers + tower + n * h * (4 + size) + group_size * tokens * h * size, \
+        max(layer + 3 * size * n * text.intermediate_size, block + 3 * size * patches * vision.intermediate_size)
+
+
+def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
+           prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
+           size: int = 2) -> dict[str, dict[str, float]]:
+    """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
+    `size`: bytes of the numbers that are computed with."""
+    sizes, text = parameters(config), config.text_config
+    trained = sizes["total"] - (sizes["vision"] if freeze_vision else 0)
+    root = sizes["embeddings"] + sizes["head"]
+    largest = max(sizes["layer"], root, 0 if freeze_vision else sizes["vision"])            # unit of FSDP
+    logits = min(prompts * group_size * tokens * text.vocab_size, model.LOGITS_AT_ONCE)
+    kept, layer = activation_bytes(config, prompt, grid, group_size, tokens, size, freeze_vision, recompute)
+    return {
+        "always": {"master weights, fp32": 4 * sizes["total"] / gpus, "AdamW states, fp32": 8 * trained / gpus,
+                   "gradients, fp32": 4 * trained / gpus,
+                   "reference, bf16": 2 * sizes["total"] / gpus if reference else 0},
+        "sampling": {"gathered weights, bf16": 2 * sizes["total"], 
+                     "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
+                     "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
+        "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
+                    "logits, then a layer": max(3 * 4 * logits, prompts * layer * recompute),
+                    "gathered units, bf16": 2 * (root + 2 * largest), "largest unit's gradient": 6 * largest},
+        "optimizer": {"AdamW's temporaries": 4 * trained / gpus}}
+
+
+def peak(parts: dict[str, dict[str, float]]) -> float:
+    """Bytes of the phase that needs most."""
+    need = {phase: sum(of.values()) for phase, of in parts.items()}
+    return need.pop("always") + max(need.values())
+
+
+def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int = 8, prompts_per_step: int = 4,
+           prompts_per_pass: int = 0, max_tokens: int = 1024, total_pixels: int = video.TOTAL_PIXELS, beta: float = 0.04,
+           freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
+           samples: int = 12404, seconds: float = 30.0, text_tokens: int = 100) -> str:
+    """What it takes to train the model whose config.json is in `folder`, as text: memory a GPU by part (GB of 10^9
+    bytes), the largest group that fits into `gpu_memory`, operations and hours. A video has `seconds`, as in Charades."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json in it; give --model the folder of a Qwen2.5-VL")
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    frames = video.frame_count(seconds, 10 ** 9)
+    height, width = video.frame_size(360, 480, frames, total_pixels)
+    grid = frames // 2, height // model.PATCH, width // model.PATCH
+    prompt = math.prod(grid) // model.MERGE ** 2 + text_tokens
+    mine = math.ceil(prompts_per_step / gpus)
+    at_once = min(prompts_per_pass or mine, mine)
+    need = lambda size: memory(config, prompt, grid, size, max_tokens, gpus, at_once, beta > 0, freeze_vision,
+                               checkpoint_activations)
+    parts, room = need(group_size), gpu_memory * 1e9 - LIBRARIES
+    total, sizes = peak(parts), parameters(config)
+    lines = [f"{folder}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} of them in the vision tower",
+             f"a prompt of {prompt} tokens ({seconds:g} s of video, {frames} frames of {width} x {height}), G = {group_size}, "
+             f"up to {max_tokens} tokens each, {at_once} prompt(s) a pass, {gpus} GPU(s)", "", "GB a GPU"]
+    for phase, of in parts.items():
+        lines += [f"  {phase:10} {part:26}{size / 1e9:8.2f}" for part, size in of.items() if size]
+    fits = [size for size in range(2, 1025) if peak(need(size)) <= room]
+    lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}  and about {LIBRARIES / 1e9:g} for CUDA",
+              f"{'fits' if total <= room else 'DOES NOT FIT'} into {gpu_memory:g} GB; "
+              + (f"the largest group that fits is {fits[-1]}{' or more' if fits[-1] == 1024 else ''}" if fits else
+                 "no group fits: take more GPUs, --prompts_per_pass 1, --checkpoint_activations or --freeze_vision")]
+    phases = operations(config, prompt, grid, group_size, max_tokens, beta > 0, freeze_vision)
+    work = {phase: mine * sum(of.values()) / (tflops * 1e12) for phase, of in phases.items()}           # seconds
+    work["decode"] = max(work["decode"], mine / at_once * max_tokens * 2 * sizes["total"] / BANDWIDTH)
+    if checkpoint_activations:
+        work["policy"] *= 4 / 3
+    hours = sum(work.values()) * samples / prompts_per_step / 3600
+    lines += ["", f"{sum(sum(of.values()) for of in phases.values()) * prompts_per_step / 1e12:.0f} TFLOP a step: "
+              + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in work.items()),
+              f"{hours:.0f} hours an epoch of {samples} samples, if a GPU does {tflops:g} TFLOP/s (assumed, not measured: a "
+              f"fifth of an A100's peak), and reads its weights once a token at {BANDWIDTH / 1e12:g} TB/s"]
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""The two ways agree; table, fit and picture come from the numbers; evaluation is compared answer by answer."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+
+SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
+                     vision_hidden=64, vision_depth=4)
+
+
+def test_the_ways_do_the_same():
+    """The same log-probabilities, loss and gradients, and all parts timed."""
+    config = replace(SMALL, prompts=2)
+    policy, reference, optimizer = bench.prepare(config, "ours")
+    ours = bench.step(config, "ours", policy, reference, optimizer)
+    for plain in (policy, reference):
+        bench.as_published(plain.qwen)
+    theirs = bench.step(config, "repeated", policy, reference, optimizer)
+    torch.testing.assert_close(torch.tensor(ours["logp"]), torch.tensor(theirs["logp"]), rtol=1e-5, atol=1e-5)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and ours["loss"] != 0
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4) and ours["grad_norm"] > 1e-3
+    assert len(ours["logp"]) == 2 * 3 * 5
+    assert ours["seconds"].keys() == theirs["seconds"].keys() == set(bench.PARTS)
+    assert ours["prompt"] == 12 + 3 * 9 and ours["grid"] == [3, 6, 6]
+
+
+def fake(seconds, **numbers):
+    return {"seconds": dict.fromkeys(bench.PARTS, seconds), "before": 2 ** 30, "peak": 2 ** 31, "rate": 1e9, "loss": 1.0,
+            "grad_norm": 1.0, "logp": [-1.0], "prompt": 39, "grid": [3, 6, 6], **numbers}
+
+
+def test_table_and_last_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "child", lambda config, way: fake(1.0) if way == "ours" else fake(9.0, peak=2 ** 33))
+    bench.main(SMALL)
+    lines = capsys.readouterr().out.splitlines()
+    numbers = json.loads(lines[-1])
+    assert numbers["ratio_step"] == numbers["ratio_scoring"] == 9 and numbers["ratio_memory"] == 4
+    assert numbers["seconds"]["ours"]["step"] == 8 and numbers["seconds"]["ours"]["scoring"] == 3
+    phases = bench.plan.operations(bench.shape(SMALL), 39, (3, 6, 6), 3, 5)
+    scoring = sum(sum(phases[name].values()) for name in ("reference", "policy"))
+    assert numbers["of_floor_scoring"] == pytest.approx(scoring / 1e9 / 3)
+    assert any(line.startswith("step ") and " 8.00" in line and " 72.00" in line for line in lines)
+
+
+def test_ways_that_disagree_are_refused(monkeypatch):
+    monkeypatch.setattr(bench, "child", lambda config, way: fake(1.0, grad_norm=1.0 + (way == "ours")))
+    with pytest.raises(ValueError, match="differently"):
+        bench.main(SMALL)
+
+
+def test_fit_and_picture(monkeypatch, tmp_path):
+    def step(config, *_):
+        g, p, c = config.group_size, config.text + config.grids * 9, config.max_tokens
+        return {"seconds": {"all": 0.5 + 1e-3 * p + 2e-3 * c + 1e-4 * g * c}, "prompt": p}
+    monkeypatch.setattr(bench, "step", step)
+    monkeypatch.setattr(bench, "prepare", lambda *_: (None,))
+    report = bench.sweep(replace(SMALL, output=str(tmp_path / "sweep.png")))
+    assert list(report["fit"].values()) == pytest.approx([0.5, 1e-3, 2e-3, 1e-4, 0], abs=1e-6)
+    assert report["residual"] < 1e-6 and (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_evaluation_gives_the_answers_of_generate(folder, warm):
+    config = replace(SMALL, model=str(warm), annotations=str(folder / "test.txt"), videos=str(folder / "videos"),
+                     max_tokens=24, batch_size=4)
+    report = bench.measure_evaluation(config)
+    assert report["same"] == 1 and report["ratio_evaluate"] > 0
+
+
+def test_flags_that_cannot_be():
+    with pytest.raises(ValueError, match="--only theirs"):
+        bench.main(replace(SMALL, only="theirs"))

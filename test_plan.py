@@ -1,0 +1,143 @@
+"""What plan.py counts, against real modules: parameters, operations, and memory as torch's profiler sees it."""
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import bench
+import grpo
+import model
+import plan
+
+SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6, side=112,
+                               group_size=6, max_tokens=30, text=20),
+          "deep": bench.Config(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4, side=168,
+                               group_size=3, max_tokens=70, text=40, prompts=2)}
+PUBLISHED = {   # as the 3B and 7B folders have it, and as older transformers wrote it: the decoder's fields at the top
+    "3B": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
+               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28,
+               num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)}
+
+
+def write(folder, name):
+    shape = PUBLISHED[name]
+    (folder / "config.json").write_text(json.dumps(dict(
+        shape, model_type="qwen2_5_vl", rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112,
+                           out_hidden_size=shape["hidden_size"], fullatt_block_indexes=[7, 15, 23, 31]))))
+    return str(folder)
+
+
+@pytest.fixture(params=SHAPES)
+def small(request):
+    """(config, policy, prompts, completions) of two models of different proportions."""
+    config = SHAPES[request.param]
+    policy = bench.build(config)
+    prompts = bench.make_prompts(config, policy.qwen.config)
+    return config, policy, prompts, torch.ones(config.prompts, config.group_size, config.max_tokens, dtype=torch.long)
+
+
+def most(work) -> int:
+    """The most bytes at once that torch allocated on the CPU during work()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(changes.cumsum(0).max())
+
+
+@pytest.mark.parametrize("name, total", [("3B", 3754622976), ("7B", 8292166656)])
+def test_parameters_are_the_real_model_s(name, total, tmp_path):
+    config = Qwen2_5_VLConfig.from_pretrained(write(tmp_path, name))
+    with torch.device("meta"):
+        qwen = Qwen2_5_VLForConditionalGeneration(config)
+    qwen.tie_weights()
+    count = lambda module: sum(weight.numel() for weight in module.parameters())
+    sizes = plan.parameters(config)
+    assert sizes["total"] == count(qwen) == total
+    assert sizes["vision"] == count(qwen.model.visual) and sizes["layer"] == count(qwen.model.language_model.layers[0])
+
+
+def test_operations_are_those_that_torch_counts(small):
+    """The plain forward pass of one sequence; its attention is not halved, and it has all logits."""
+    _, policy, prompts, _ = small
+    policy.qwen.set_attn_implementation("eager")
+    inputs, config = bench.repeat(prompts[:1], 1), policy.qwen.config
+    length, grid, text = len(prompts[0].ids), prompts[0].grid.tolist(), config.text_config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        policy.qwen(**inputs)
+    counted = plan.forward_operations(config, length, grid, 0, 0)
+    upper = 2 * text.num_hidden_layers * text.hidden_size * length * (length - 1)
+    expected = counted["vision"] + counted["prompt"] + upper + 2 * length * text.hidden_size * text.vocab_size
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_a_lone_completion_is_a_longer_prompt():
+    config = bench.shape(SHAPES["deep"])
+    whole = plan.forward_operations(config, 130, (2, 4, 4), 0, 0)
+    parts = plan.forward_operations(config, 100, (2, 4, 4), 1, 30)
+    assert parts["prompt"] + parts["completions"] == whole["prompt"] and parts["vision"] == whole["vision"]
+    group = plan.forward_operations(config, 100, (2, 4, 4), 8, 30)
+    assert group["completions"] == 8 * parts["completions"] and group["logits"] == 8 * parts["logits"]
+    phases = plan.operations(config, 100, (2, 4, 4), 8, 30, reference=False, freeze_vision=True)
+    assert phases["policy"] == {**{part: 3 * cost for part, cost in group.items()}, "vision": group["vision"]}
+    assert "reference" not in phases and phases["decode"]["completions"] < group["completions"]
+
+
+@pytest.mark.parametrize("dtype, recompute, freeze", [(torch.float32, False, False), (torch.bfloat16, False, True),
+                                                      (torch.bfloat16, False, False), (torch.float32, True, False)])
+def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
+    """Peak of forward and backward pass, beside weights and gradients."""
+    config, policy, prompts, completions = small
+    policy.to(dtype)
+    policy.qwen.model.visual.requires_grad_(not freeze)
+    if recompute:
+        model.checkpoint_activations(policy)
+    for weight in policy.parameters():
+        weight.grad = torch.zeros_like(weight)
+    measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())
+    parts = plan.memory(policy.qwen.config, len(prompts[0].ids), prompts[0].grid.tolist(), config.group_size,
+                        config.max_tokens, 1, config.prompts, True, freeze, recompute, dtype.itemsize)["scoring"]
+    assert parts["activations"] + parts["logits, then a layer"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
+def test_memory_of_the_cache_is_as_measured(grids, rows):
+    """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
+    config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids, side=112,
+                          text=10)
+    policy = bench.build(config)
+    prompts = bench.make_prompts(config, policy.qwen.config)
+    measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
+    counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
+    assert counted == pytest.approx(measured, rel=0.15)
+
+
+def test_shards_and_options(tmp_path):
+    config = Qwen2_5_VLConfig.from_pretrained(write(tmp_path, "3B"))
+    one, eight = (plan.memory(config, 1500, (30, 16, 12), 8, 512, gpus) for gpus in (1, 8))
+    total = 3754622976
+    assert sum(one["always"].values()) == (4 + 8 + 4 + 2) * total
+    assert sum(eight["always"].values()) == sum(one["always"].values()) / 8
+    assert eight["sampling"] == one["sampling"]
+    frozen = plan.memory(config, 1500, (30, 16, 12), 8, 512, 1, freeze_vision=True, reference=False)
+    assert sum(one["always"].values()) - sum(frozen["always"].values()) == 12 * 668684288 + 2 * total
+    assert frozen["scoring"]["activations"] < one["scoring"]["activations"]
+    less = plan.memory(config, 1500, (30, 16, 12), 8, 512, 1, recompute=True)
+    assert less["scoring"]["activations"] < one["scoring"]["activations"] / 8
+
+
+def test_report(tmp_path):
+    """A folder with nothing but config.json; the largest group it names fits and the next does not."""
+    folder = write(tmp_path, "3B")
+    text = plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256)
+    assert "3.75 billion weights" in text and "fits into 80 GB" in text and "hours an epoch" in text
+    largest = int(text.split("largest group that fits is ")[1].split()[0].rstrip(",;"))
+    again = lambda size: plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256, group_size=size)
+    assert "DOES NOT" not in again(largest) and "DOES NOT FIT" in again(largest + 1)
+    assert "no group fits" in plan.report(folder, gpus=1, gpu_memory=24)
+    with pytest.raises(ValueError, match="nowhere.*--model"):
+        plan.report(str(tmp_path / "nowhere"))
