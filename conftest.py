@@ -16,7 +16,7 @@ import sft
 import toy
 from video import Clip
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
 FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
 FORKS.set_forkserver_preload(["conftest", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import model
 import sft
 import tasks
 import train
@@ -92,6 +93,40 @@ def test_run_says_what_it_did(folder, warm, tmp_path):
         assert row["reward"] == tasks.TASKS[row["task"]].reward(row["completion"], samples[row["id"]]).total
     first = rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["kl"] is None or abs(first["kl"]) < 1e-9               # policy = reference
+
+
+def test_checkpointed_activations_and_a_frozen_tower(folder, warm, tmp_path, monkeypatch):
+    """The first change no figure. A frozen tower keeps its weights, and sees each video once a step instead of thrice:
+    for sampling, reference and policy."""
+    seen, embed = [], model.embed_patches
+    monkeypatch.setattr(model, "embed_patches", lambda *args: seen.append(len(args[1])) or embed(*args))
+    runs = {"plain": {}, "recomputed": {"checkpoint_activations": True}, "frozen": {"freeze_vision": True}}
+    calls = {}
+    for name, flags in runs.items():
+        seen.clear()
+        train.main(config(folder, tmp_path / name, steps=2, tvg_prob=1.0, **flags))
+        calls[name] = len(seen)
+    figures = [[{key: row[key] for key in row.keys() - {"seconds", "tokens_per_second"}} for row in
+                rows(tmp_path / name / "metrics.jsonl")] for name in runs]
+    stepped = sum(row["grad_norm"] > 0 for row in figures[0])       # the others are flat
+    assert figures[0] == figures[1] and stepped
+    for key in ("reward", "tokens"):
+        assert figures[2][0][key] == pytest.approx(figures[0][0][key], abs=1e-5)
+    assert calls == {"plain": 2 + 2 * stepped, "recomputed": 2 + 2 * stepped, "frozen": 2}
+    before, plain, recomputed, frozen = (load_file(path / "model.safetensors") for path in (
+        warm, *(tmp_path / name / "model" for name in runs)))
+    same = lambda one, other: {name for name in before if torch.equal(one[name], other[name])}
+    tower = {name for name in before if ".visual." in name or name.startswith("visual.")}
+    assert same(plain, recomputed) == set(before) and same(frozen, before) == tower != set()
+    assert same(plain, before) == set()
+
+
+def test_plan_needs_no_more_than_a_config(folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+    train.main(train.Config(model=str(tmp_path), plan=True, gpus=1, gpu_memory=40))
+    assert "fits into 40 GB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="config.json.*--model"):
+        train.main(train.Config(model=str(tmp_path / "nowhere"), plan=True))
 
 
 def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):

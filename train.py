@@ -32,6 +32,7 @@ import data
 import grpo
 import launch
 import model
+import plan
 import rewards
 import tasks
 import video
@@ -41,9 +42,9 @@ from launch import flag
 @dataclass
 class Config:
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
-    annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
-    videos: str = flag(MISSING, "folder of the video files")
-    output: str = flag(MISSING, "folder for logs and models")
+    annotations: str = flag("", "annotation file of any of the formats that data.py lists")
+    videos: str = flag("", "folder of the video files")
+    output: str = flag("", "folder for logs, checkpoints and the trained model")
     steps: int = flag(1000, "optimizer steps; the paper's two epochs of Charades-STA in batches of 4 are 6,204")
     seed: int = flag(0, "all randomness follows from it")
     tvg_prob: float = flag(0.8, "p of Eq. 13, the paper's value")
@@ -58,6 +59,9 @@ class Config:
                                       "fine-tuning with reinforcement learning usually takes")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once a video and step")
+    checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
+                                               "more time in scoring, for less memory (see --plan); the result is the same")
     max_tokens: int = flag(1024, "longest completion; the authors' value")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
@@ -72,12 +76,17 @@ class Config:
     resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
     max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
                                   "such steps change nothing")
+    plan: bool = flag(False, "only print what training would take on --gpus, from the model's config.json")
+    gpus: int = flag(8, "of --plan")
+    gpu_memory: float = flag(80.0, "of --plan: GB of each")
+    tflops: float = flag(60.0, "of --plan: TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
 
 
 def check(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps")
+                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "gpus", "gpu_memory",
+                         "tflops")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
@@ -85,6 +94,11 @@ def check(config: Config, world: int) -> None:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
+    if config.plan:
+        return
+    for name in ("annotations", "videos", "output"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} is missing; --help says what it is")
     launch.check_output(config.output)
     model.check(config.model)
 
@@ -92,6 +106,11 @@ def check(config: Config, world: int) -> None:
 def main(config: Config) -> None:
     rank, world, device = launch.start_process()
     check(config, world)
+    if config.plan:
+        print(plan.report(config.model, config.gpus, config.gpu_memory, config.group_size, config.prompts_per_step,
+                          config.prompts_per_pass, config.max_tokens, config.total_pixels, config.beta,
+                          config.freeze_vision, config.checkpoint_activations, config.tflops))
+        return
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     invertible = tasks.with_verb(samples) if config.tvg_prob < 1 else []
@@ -99,11 +118,15 @@ def main(config: Config) -> None:
         raise ValueError(f"{config.annotations}: no query with a verb, so no inversion task; give --tvg_prob 1")
     reference = None
     if config.beta > 0:     # loaded on its own and first, so that a process never holds two whole models
-        reference = model.shard(model.load(config.model)[0].requires_grad_(False))
+        half = torch.float32 if device == "cpu" else torch.bfloat16     # it is never updated
+        reference = model.shard(model.load(config.model, dtype=half)[0].requires_grad_(False))
     policy, encoder = model.load(config.model)
+    policy.qwen.model.visual.requires_grad_(not config.freeze_vision)
+    if config.checkpoint_activations:
+        model.checkpoint_activations(policy)
     policy = model.shard(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
+    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
+                                  lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     run.restore(policy, optimizer)
     load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                         total_pixels=config.total_pixels)
@@ -155,6 +178,8 @@ def sample_step(config: Config, policy, encoder, task: tasks.Task, batch: list) 
     model.gathered(policy, True)
     for some in (batch[i:i + size] for i in range(0, len(batch), size)):
         prompts = [prompt for _, _, prompt, _ in some]
+        if config.freeze_vision:        # policy and reference have the same tower, so what it sees serves for both
+            prompts = grpo.see(policy, prompts)
         seeds = [np.random.SeedSequence([config.seed, index]).generate_state(1)[0] for index, *_ in some]
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         rollouts = grpo.rollout(policy, prompts, config.group_size, config.max_tokens, encoder.stop_ids, generators,
