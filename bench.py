@@ -373,7 +373,7 @@ def measure_evaluation(config: Config) -> dict:
             evaluate.main(options)
         rows = [json.loads(line) for line in open(f"{folder}/test/predictions.jsonl")]
     same = float(np.mean([answers[row["id"]] == row["completion"] for row in rows]))
-    return {"ratio_evaluate": seconds["generate"] / seconds["evaluate"], "same": same, "n": len(rows), "seconds": seconds}
+    return {"ratio_evaluate": seconds["generate"] / seconds["evaluate"], "same": same, "n": len(rows), **seconds}
 
 
 def main(config: Config) -> None:
