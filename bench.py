@@ -12,8 +12,8 @@ Nothing stops a completion before max_tokens, so that the work is fixed.
 - ours: grpo.rollout and grpo.logprobs.
 - repeated: `repeated_rollout` and `repeated_logprobs` below, as in trainers built on TRL: prompt and video G times in
   sampling (vision tower and prefill too) and in scoring, logits of whole sequences, transformers' own forward pass.
-- floor: the operations that plan.py counts over the rate of the machine's matrix products, measured in the same run.
-  Decoding is bound by memory and overhead, not by these, so a whole step cannot reach it.
+- floor: the operations that plan.py counts over the rate of the machine's matrix products, measured in the same run;
+  decoding, bound by memory and overhead, cannot reach it.
 
 Each way runs in processes of its own, in turns, with the same weights, video and scored completions. Prefill is timed
 as a rollout of one token, decode as the rest of a whole one. Peak memory is the process's; on a GPU, what torch holds.
@@ -75,7 +75,6 @@ class Config:
     evaluate: bool = flag(False, "measure evaluation instead, on the TVG queries of --annotations")
     annotations: str = flag("", "annotation file for --evaluate")
     videos: str = flag("", "folder of its videos")
-    batch_size: int = flag(16, "queries at once in --evaluate")
     inside: str = flag("", "what a process that this script started measures; for its own use")
 
 
@@ -120,7 +119,7 @@ def film(config: Config, path: str) -> None:
 
 def make_prompts(config: Config, qwen: Qwen2_5_VLConfig, seconds: dict | None = None) -> list[model.Prompt]:
     """B prompts of random text and the video, decoded and cut for each; `seconds` gets how long that took."""
-    found, generator = [], torch.Generator().manual_seed(config.seed)
+    found, generator, rate = [], torch.Generator().manual_seed(config.seed), qwen.vision_config.tokens_per_second
     with tempfile.TemporaryDirectory() as folder:
         film(config, path := f"{folder}/video.mp4")
         with timed({} if seconds is None else seconds, "data"):
@@ -130,7 +129,6 @@ def make_prompts(config: Config, qwen: Qwen2_5_VLConfig, seconds: dict | None = 
                 text = torch.randint(qwen.text_config.vocab_size // 2, (config.text,), generator=generator)
                 pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
                 ids = torch.cat([text[:-5], pads, text[-5:]])                               # (P,)
-                rate = qwen.vision_config.tokens_per_second
                 found.append(model.Prompt(ids, model.place(ids, pads[0], grid, 2 / clip.fps, rate), patches, grid))
     return found
 
@@ -197,15 +195,15 @@ def memory() -> tuple[int, int]:
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else most, most
+    now = Path("/proc/self/statm")
+    return int(now.read_text().split()[1]) * resource.getpagesize() if now.exists() else most, most
 
 
 def step(config: Config, way: str, policy, reference, optimizer) -> dict:
     """One GRPO step in one of the WAYS: seconds by part, memory before it, and by what ways are compared."""
     (rollout, logprobs), seconds = WAYS[way], {}
     generator, qwen = torch.Generator().manual_seed(config.seed), policy.qwen.config
-    size = (config.prompts, config.group_size, config.max_tokens)
+    size = config.prompts, config.group_size, config.max_tokens
     completions = torch.randint(qwen.text_config.vocab_size // 2, size, generator=generator)    # (B, G, C)
     mask, (before, _) = torch.ones_like(completions), memory()
     prompts = make_prompts(config, qwen, seconds)
@@ -322,18 +320,16 @@ def compare(config: Config) -> dict:
 def sweep(config: Config) -> dict:
     """Time steps of different G, P, C, fit t = a + b P + c C + d G C + e G P, draw; returns the fit and the points."""
     axes = {"group_size": [2, 4, 8, 16], "grids": [10, 25, 50, 75], "max_tokens": [32, 64, 128, 256]}
-    state, points = None, {}
-    corners = [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}]     # tell G C from G P
+    corners, points = [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}], {}   # tell G C from G P
+    state = prepare(config, "ours")
     for change in [*({name: value} for name in axes for value in axes[name]), *corners]:
-        state, shaped = state or prepare(config, "ours"), replace(config, **change)
-        found = step(shaped, "ours", *state)
+        found = step(shaped := replace(config, **change), "ours", *state)
         point = shaped.group_size, found["prompt"], shaped.max_tokens, sum(found["seconds"].values())
         points.setdefault(tuple(change), []).append(point)
-        print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*point), flush=True)
+        print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*point))
     columns = lambda g, p, c: np.stack([np.ones_like(p), p, c, g * c, g * p], axis=-1)
     *shapes, seconds = np.concatenate(list(points.values())).T                              # (n,) each
     fit, *_ = np.linalg.lstsq(columns(*shapes), seconds, rcond=None)
-    fitted = dict(zip(("constant", "P", "C", "GC", "GP"), fit.tolist()))
     middle = [config.group_size, config.text + config.grids * config.side ** 2 // 784, config.max_tokens]
     figure, panels = plot.plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
     for i, (name, axis) in enumerate(zip(axes, panels)):
@@ -348,17 +344,18 @@ def sweep(config: Config) -> dict:
     panels[0].set(ylabel="seconds a step", ylim=(0, None))
     panels[0].legend(frameon=False)
     plot.save(figure, config.output)
-    return {"fit": fitted, "residual": abs(columns(*shapes) @ fit - seconds).max(), "points": sum(points.values(), [])}
+    return {"fit": dict(zip(("constant", "P", "C", "GC", "GP"), fit.tolist())),
+            "residual": abs(columns(*shapes) @ fit - seconds).max(), "points": sum(points.values(), [])}
 
 
 def measure_evaluation(config: Config) -> dict:
-    """Queries a second of evaluate.py and of one `generate` a query, which gets this project's positions and may not
-    emit the forbidden tokens either; greedy, model loading included, the videos decoded before."""
+    """Seconds that evaluate.py takes, and one `generate` a query with this project's positions and forbidden tokens;
+    both greedy, model loading included, the videos decoded before."""
     samples, _ = data.read(config.annotations, config.videos)
     seconds, answers = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         options = evaluate.Config(config.annotations, config.model, config.videos, f"{folder}/test", tasks=["TVG"],
-                                  batch_size=config.batch_size, max_tokens=config.max_tokens, cache=f"{folder}/frames")
+                                  max_tokens=config.max_tokens, cache=f"{folder}/frames")
         load = video.Loader(options.video_limit, options.cache, total_pixels=options.total_pixels)
         for sample in samples:
             load(sample.video, sample.video_start, sample.video_end)
@@ -376,12 +373,11 @@ def measure_evaluation(config: Config) -> dict:
             evaluate.main(options)
         rows = [json.loads(line) for line in open(f"{folder}/test/predictions.jsonl")]
     same = float(np.mean([answers[row["id"]] == row["completion"] for row in rows]))
-    rate = {name: len(samples) / value for name, value in seconds.items()}
-    return {"ratio_evaluate": rate["evaluate"] / rate["generate"], "same": same, **rate, "queries": len(samples)}
+    return {"ratio_evaluate": seconds["generate"] / seconds["evaluate"], "same": same, "n": len(rows), **seconds}
 
 
 def main(config: Config) -> None:
-    if config.only and config.only not in WAYS:
+    if config.only not in ("", *WAYS):
         raise ValueError(f"--only {config.only}: choose from {' '.join(WAYS)}")
     if config.inside:
         report = measure(config, config.inside)
@@ -396,8 +392,8 @@ def main(config: Config) -> None:
     else:
         report = compare(config)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
-    about = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "seed": config.seed}
-    print(json.dumps({**report, **about}))
+    print(json.dumps({**report, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "seed": config.seed}))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python train.py --plan --model DIR --gpus 8 --gpu_memory 40         prints `report`; reads only DIR/config.json
 
-Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt once
-for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory is
-that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs.
+Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt
+once for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory
+is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs. The
+figures for activations and for keys and values are checked against measured ones in test_plan.py, FSDP2's are not.
 """
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps b
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
 
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
-    """Number of weights by part; `layer` is one decoder layer, `layers` all of them. `total` counts tied embeddings once."""
+    """Number of weights by part; `layer` is one decoder layer, `layers` all. `total` counts tied embeddings once."""
     text, vision = config.text_config, config.vision_config
     h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * h + (h * h + h) + 2 * (h * kv + kv) + h * h + 3 * h * text.intermediate_size
@@ -76,7 +77,7 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
 
 
 def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: int, size: int = 2) -> int:
-    """Keys and values while sampling: the prompt's once, each completion's own in room that doubles from 64 tokens on."""
+    """Keys and values while sampling: the prompt's once, and each completion's in room that doubles from 64 tokens."""
     text, room = config.text_config, 64 * 2 ** max(0, math.ceil(math.log2(tokens / 64)))
     kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     return 2 * size * text.num_hidden_layers * kv * (prompt + group_size * room)
@@ -84,8 +85,8 @@ def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: 
 
 def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
                      size: int = 2, freeze_vision: bool = False, recompute: bool = False) -> tuple[int, int]:
-    """(bytes that the forward pass keeps for the backward one, logits aside; bytes that a layer's backward pass works with).
-    A number has `size` bytes, 4 in the input of a norm. With `recompute` only the input of every layer is kept."""
+    """(bytes that the forward pass keeps for the backward one, logits aside; bytes that a layer's backward pass works
+    with). Numbers have `size` bytes, 4 in the input of a norm. `recompute` keeps only the input of every layer."""
     text, vision, n, patches = config.text_config, config.vision_config, prompt + group_size * tokens, math.prod(grid)
     h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * n * h * (4 + 2 * size)                                          # both norms: in, normalised, out
@@ -134,11 +135,11 @@ def peak(parts: dict[str, dict[str, float]]) -> float:
 
 
 def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int = 8, prompts_per_step: int = 4,
-           prompts_per_pass: int = 0, max_tokens: int = 1024, total_pixels: int = video.TOTAL_PIXELS, beta: float = 0.04,
-           freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
+           prompts_per_pass: int = 0, max_tokens: int = 1024, total_pixels: int = video.TOTAL_PIXELS,
+           beta: float = 0.04, freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
            samples: int = 12404, seconds: float = 30.0, text_tokens: int = 100) -> str:
     """What it takes to train the model whose config.json is in `folder`, as text: memory a GPU by part (GB of 10^9
-    bytes), the largest group that fits into `gpu_memory`, operations and hours. A video has `seconds`, as in Charades."""
+    bytes), the largest group that fits into `gpu_memory`, operations, hours. Videos have `seconds`, as in Charades."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json in it; give --model the folder of a Qwen2.5-VL")
     config = Qwen2_5_VLConfig.from_pretrained(folder)
@@ -148,28 +149,32 @@ def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int
     prompt = math.prod(grid) // model.MERGE ** 2 + text_tokens
     mine = math.ceil(prompts_per_step / gpus)
     at_once = min(prompts_per_pass or mine, mine)
-    need = lambda size: memory(config, prompt, grid, size, max_tokens, gpus, at_once, beta > 0, freeze_vision,
-                               checkpoint_activations)
-    parts, room = need(group_size), gpu_memory * 1e9 - LIBRARIES
-    total, sizes = peak(parts), parameters(config)
-    lines = [f"{folder}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} of them in the vision tower",
-             f"a prompt of {prompt} tokens ({seconds:g} s of video, {frames} frames of {width} x {height}), G = {group_size}, "
-             f"up to {max_tokens} tokens each, {at_once} prompt(s) a pass, {gpus} GPU(s)", "", "GB a GPU"]
+    room = gpu_memory * 1e9 - LIBRARIES
+    need = lambda size, recompute: memory(config, prompt, grid, size, max_tokens, gpus, at_once, beta > 0,
+                                          freeze_vision, recompute)
+
+    def largest(recompute: bool) -> str:
+        fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
+        return f"{fits[-1]}{' or more' if fits[-1] == 256 else ''}" if fits else "none"
+
+    parts, sizes = need(group_size, checkpoint_activations), parameters(config)
+    total = peak(parts)
+    lines = [f"{folder}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision tower",
+             f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({seconds:g} s of video, {frames} frames "
+             f"of {width} x {height}), G = {group_size}, up to {max_tokens} tokens a completion", "", "GB a GPU"]
     for phase, of in parts.items():
         lines += [f"  {phase:10} {part:26}{size / 1e9:8.2f}" for part, size in of.items() if size]
-    fits = [size for size in range(2, 1025) if peak(need(size)) <= room]
-    lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}  and about {LIBRARIES / 1e9:g} for CUDA",
-              f"{'fits' if total <= room else 'DOES NOT FIT'} into {gpu_memory:g} GB; "
-              + (f"the largest group that fits is {fits[-1]}{' or more' if fits[-1] == 1024 else ''}" if fits else
-                 "no group fits: take more GPUs, --prompts_per_pass 1, --checkpoint_activations or --freeze_vision")]
+    lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}, and {LIBRARIES / 1e9:g} for CUDA",
+              f"{'fits' if total <= room else 'DOES NOT FIT'} into {gpu_memory:g} GB; the largest group that fits: "
+              + f"{largest(checkpoint_activations)}"
+              + ("" if checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
     phases = operations(config, prompt, grid, group_size, max_tokens, beta > 0, freeze_vision)
-    work = {phase: mine * sum(of.values()) / (tflops * 1e12) for phase, of in phases.items()}           # seconds
-    work["decode"] = max(work["decode"], mine / at_once * max_tokens * 2 * sizes["total"] / BANDWIDTH)
-    if checkpoint_activations:
-        work["policy"] *= 4 / 3
+    work = {phase: mine * sum(of.values()) / (tflops * 1e12) for phase, of in phases.items()}               # seconds
+    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * max_tokens * 2 * sizes["total"] / BANDWIDTH)
+    work["policy"] *= 4 / 3 if checkpoint_activations else 1
     hours = sum(work.values()) * samples / prompts_per_step / 3600
-    lines += ["", f"{sum(sum(of.values()) for of in phases.values()) * prompts_per_step / 1e12:.0f} TFLOP a step: "
-              + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in work.items()),
-              f"{hours:.0f} hours an epoch of {samples} samples, if a GPU does {tflops:g} TFLOP/s (assumed, not measured: a "
-              f"fifth of an A100's peak), and reads its weights once a token at {BANDWIDTH / 1e12:g} TB/s"]
+    lines += ["", f"{sum(sum(of.values()) for of in phases.values()) * prompts_per_step / 1e12:.0f} TFLOP a step, "
+              + ", ".join(f"{phase} {value:.1f} s" for phase, value in work.items()),
+              f"{hours:.0f} hours an epoch of {samples} samples, at {tflops:g} TFLOP/s a GPU, and weights read once a "
+              f"token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at most 312 and 1.6 to 2)"]
     return "\n".join(lines)

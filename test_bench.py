@@ -27,9 +27,20 @@ def test_the_ways_do_the_same():
     assert ours["prompt"] == 12 + 3 * 9 and ours["grid"] == [3, 6, 6]
 
 
+def test_the_ways_sample_the_same(monkeypatch):
+    """Greedily, so that no random numbers matter."""
+    policy = bench.build(SMALL)
+    prompts = bench.make_prompts(SMALL, policy.qwen.config)
+    ours = bench.grpo.rollout(policy, prompts, 2, 9, [-1])
+    monkeypatch.setattr(torch, "multinomial", lambda chances, count: chances.argmax(-1, keepdim=True))
+    bench.as_published(policy.qwen)
+    theirs = bench.repeated_rollout(policy, prompts, 2, 9, [-1], None)
+    assert torch.equal(ours.completions, theirs.completions) and len(ours.completions.unique()) > 2
+
+
 def fake(seconds, **numbers):
-    return {"seconds": dict.fromkeys(bench.PARTS, seconds), "before": 2 ** 30, "peak": 2 ** 31, "rate": 1e9, "loss": 1.0,
-            "grad_norm": 1.0, "logp": [-1.0], "prompt": 39, "grid": [3, 6, 6], **numbers}
+    return {"seconds": dict.fromkeys(bench.PARTS, seconds), "before": 2 ** 30, "peak": 2 ** 31, "rate": 1e9,
+            "loss": 1.0, "grad_norm": 1.0, "logp": [-1.0], "prompt": 39, "grid": [3, 6, 6], **numbers}
 
 
 def test_table_and_last_line(monkeypatch, capsys):
@@ -54,17 +65,17 @@ def test_ways_that_disagree_are_refused(monkeypatch):
 def test_fit_and_picture(monkeypatch, tmp_path):
     def step(config, *_):
         g, p, c = config.group_size, config.text + config.grids * 9, config.max_tokens
-        return {"seconds": {"all": 0.5 + 1e-3 * p + 2e-3 * c + 1e-4 * g * c}, "prompt": p}
+        return {"seconds": {"all": 0.5 + 1e-3 * p + 2e-3 * c + 1e-4 * g * c + 2e-5 * g * p}, "prompt": p}
     monkeypatch.setattr(bench, "step", step)
     monkeypatch.setattr(bench, "prepare", lambda *_: (None,))
     report = bench.sweep(replace(SMALL, output=str(tmp_path / "sweep.png")))
-    assert list(report["fit"].values()) == pytest.approx([0.5, 1e-3, 2e-3, 1e-4, 0], abs=1e-6)
+    assert list(report["fit"].values()) == pytest.approx([0.5, 1e-3, 2e-3, 1e-4, 2e-5])
     assert report["residual"] < 1e-6 and (tmp_path / "sweep.png").stat().st_size > 10_000
 
 
 def test_evaluation_gives_the_answers_of_generate(folder, warm):
     config = replace(SMALL, model=str(warm), annotations=str(folder / "test.txt"), videos=str(folder / "videos"),
-                     max_tokens=24, batch_size=4)
+                     max_tokens=24)
     report = bench.measure_evaluation(config)
     assert report["same"] == 1 and report["ratio_evaluate"] > 0
 

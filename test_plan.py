@@ -11,10 +11,10 @@ import grpo
 import model
 import plan
 
-SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6, side=112,
-                               group_size=6, max_tokens=30, text=20),
-          "deep": bench.Config(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4, side=168,
-                               group_size=3, max_tokens=70, text=40, prompts=2)}
+SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
+                               side=112, group_size=6, max_tokens=30, text=20),
+          "deep": bench.Config(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4,
+                               side=168, group_size=3, max_tokens=70, text=40, prompts=2)}
 PUBLISHED = {   # as the 3B and 7B folders have it, and as older transformers wrote it: the decoder's fields at the top
     "3B": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
                num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
@@ -87,8 +87,8 @@ def test_a_lone_completion_is_a_longer_prompt():
     assert "reference" not in phases and phases["decode"]["completions"] < group["completions"]
 
 
-@pytest.mark.parametrize("dtype, recompute, freeze", [(torch.float32, False, False), (torch.bfloat16, False, True),
-                                                      (torch.bfloat16, False, False), (torch.float32, True, False)])
+@pytest.mark.parametrize("dtype, recompute, freeze", [(torch.bfloat16, False, False), (torch.float32, False, True),
+                                                      (torch.float32, True, False)])
 def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
     """Peak of forward and backward pass, beside weights and gradients."""
     config, policy, prompts, completions = small
@@ -101,14 +101,14 @@ def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
     measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())
     parts = plan.memory(policy.qwen.config, len(prompts[0].ids), prompts[0].grid.tolist(), config.group_size,
                         config.max_tokens, 1, config.prompts, True, freeze, recompute, dtype.itemsize)["scoring"]
-    assert parts["activations"] + parts["logits, then a layer"] == pytest.approx(measured, rel=0.15)
+    assert parts["activations"] + parts["logits, then a layer"] == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
 def test_memory_of_the_cache_is_as_measured(grids, rows):
     """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
-    config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids, side=112,
-                          text=10)
+    config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
+                          side=112, text=10)
     policy = bench.build(config)
     prompts = bench.make_prompts(config, policy.qwen.config)
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
@@ -135,9 +135,9 @@ def test_report(tmp_path):
     folder = write(tmp_path, "3B")
     text = plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256)
     assert "3.75 billion weights" in text and "fits into 80 GB" in text and "hours an epoch" in text
-    largest = int(text.split("largest group that fits is ")[1].split()[0].rstrip(",;"))
+    largest = int(text.split("largest group that fits: ")[1].split(",")[0])
     again = lambda size: plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256, group_size=size)
     assert "DOES NOT" not in again(largest) and "DOES NOT FIT" in again(largest + 1)
-    assert "no group fits" in plan.report(folder, gpus=1, gpu_memory=24)
+    assert "group that fits: none" in plan.report(folder, gpus=1, gpu_memory=24)
     with pytest.raises(ValueError, match="nowhere.*--model"):
         plan.report(str(tmp_path / "nowhere"))
