@@ -134,7 +134,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(config, tmp_path):
     checkpoint.Run(config)                                              # it is empty
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="--output .*run is not empty; give --resume"):
-        train.main(config)                                              # its model does not exist
+        checkpoint.Run(config)
     with pytest.raises(ValueError, match="--output .*train.txt is not empty"):
         checkpoint.Run(replace(config, output=config.annotations))
     assert checkpoint.Run(replace(config, resume=True)).step == 0       # where no checkpoint is, --resume begins

@@ -15,7 +15,7 @@ import grpo
 import model
 import tasks
 import video
-from test_train import torchrun
+from conftest import finish, start
 
 
 def row(task, **parts):
@@ -139,7 +139,7 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     part.write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in done) + json.dumps(rows[worked[4]])[:40])
     (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**rows[i], "kept": 1}) + "\n" for i in worked[2:4]))
 
-    torchrun("evaluate.py", 2, settings("two"))
+    assert finish(start("evaluate", settings("two"), tmp_path / "log", processes=2)) == [0, 0]
     resumed = [json.loads(line) for line in (killed / "predictions.jsonl").read_text().splitlines()]
     assert [i for i, row in enumerate(resumed) if row.pop("kept", None)] == sorted(worked[:4]) and resumed == rows
     assert json.loads((killed / "scores.json").read_text()) == whole
