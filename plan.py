@@ -18,6 +18,7 @@ import video
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
 
+
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
     """Number of weights by part; `layer` is one decoder layer, `layers` all. `total` counts tied embeddings once."""
     text, vision = config.text_config, config.vision_config
@@ -65,14 +66,16 @@ def forward_operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, i
 
 def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
                reference: bool = True, freeze_vision: bool = False) -> dict[str, dict[str, int]]:
-    """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones."""
+    """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones. What a frozen
+    vision tower sees while sampling serves for reference and policy, too."""
     once = forward_operations(config, prompt, grid, group_size, tokens)
     decoded = forward_operations(config, prompt, grid, group_size, tokens - 1)              # nothing follows the last
     phases = {"prefill": {"vision": once["vision"], "prompt": once["prompt"]},
               "decode": {"completions": decoded["completions"], "logits": once["logits"]}}
+    scored = {part: count for part, count in once.items() if part != "vision" or not freeze_vision}
     if reference:
-        phases["reference"] = once
-    phases["policy"] = {part: count * (1 if part == "vision" and freeze_vision else 3) for part, count in once.items()}
+        phases["reference"] = scored
+    phases["policy"] = {part: 3 * count for part, count in scored.items()}
     return phases
 
 
@@ -119,7 +122,7 @@ def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], gr
         "always": {"master weights, fp32": 4 * sizes["total"] / gpus, "AdamW states, fp32": 8 * trained / gpus,
                    "gradients, fp32": 4 * trained / gpus,
                    "reference, bf16": 2 * sizes["total"] / gpus if reference else 0},
-        "sampling": {"gathered weights, bf16": 2 * sizes["total"], 
+        "sampling": {"gathered weights, bf16": 2 * sizes["total"],
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
         "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
