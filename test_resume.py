@@ -91,23 +91,30 @@ def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
 
 @pytest.mark.soak
 def test_fifty_random_kills(folder, warm, tmp_path):
-    """Each after 0 to 4 s of training; a checkpoint after every step. Prints (pytest -s) where they hit."""
+    """A checkpoint after every step, and kills so soon after each other that fifty fit into a run of a hundred steps.
+    Prints (pytest -s) where they hit."""
     settings = config(folder, tmp_path / "unbroken", steps=100, save_every=1, cache=str(folder / "cache"))
-    assert finish(start("train", settings, tmp_path / "log"), 600) == [0]
+    log, moments, killed = tmp_path / "log.0", random.Random(), 0
+    log.write_text("")
+    process, = start("train", settings, tmp_path / "log")
+    wait_for(lambda: "process(es) on" in log.read_text(), process)
+    began = time.monotonic()
+    assert finish([process], 600) == [0]
+    longest = (time.monotonic() - began) / 40               # of training between two kills
     settings = replace(settings, output=str(tmp_path / "run"), resume=True)
-    log, moments = tmp_path / "log.0", random.Random()
     for number in range(50):
         log.write_text("")
         process, = start("train", settings, tmp_path / "log")
         wait_for(lambda: "process(es) on" in log.read_text(), process)
-        process.join(moments.uniform(0, 4))
+        process.join(moments.uniform(0, longest))
         ended = process.exitcode
+        killed += ended is None
         process.kill()
         process.join()
         assert ended in (None, 0), log.read_text()[-2000:]
         print(number, "ended" if ended == 0 else "killed", checkpoint.newest(settings.output),
               lines(tmp_path / "run" / "metrics.jsonl"), *(path.name for path in (tmp_path / "run").rglob("*.tmp")))
-    assert finish(start("train", settings, tmp_path / "log"), 600) == [0]
+    assert killed >= 40 and finish(start("train", settings, tmp_path / "log"), 600) == [0]
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "unbroken"))
 
 
