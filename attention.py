@@ -6,7 +6,7 @@ Tokens are packed without any padding into one sequence, all prompts first, then
 
 so that every layer that works token by token works on real tokens only. Attention is the one place where tokens meet:
 a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not with
-(P + G C)^2 as under one mask for all, and no mask is stored.
+(P + G C)^2 as under one mask for all, which is never stored. (On CPUs, and in fp32, sdpa makes one of C x (P + C).)
 
 transformers' layers call `attention` through its registry of attention functions; what to do is told by the object
 in place of a mask: `Packed` for whole sequences, `Decoding` for one new token a row. With any other mask it is
@@ -32,7 +32,7 @@ class Packed:
         self.groups = []
         for lengths in completions:
             real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]              # (G, C)
-            columns = (real.flatten().cumsum(0) - 1).to(device)                             # (G * C,), any where not real
+            columns = (real.flatten().cumsum(0) - 1).clamp(min=0).to(device)                # (G * C,), any where not real
             self.groups.append((real.shape, columns, real.flatten().nonzero()[:, 0].to(device)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:

@@ -38,10 +38,14 @@ def tensors(policy, optimizer) -> dict[str, Tensor]:
     return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
 
 
-def newest(output: str | Path) -> Path | None:
-    """The whole checkpoint of a run that has most steps, or None."""
+def whole(output: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest last."""
     folders = [f for f in Path(output, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name)]
-    return max(folders, key=lambda folder: int(folder.name[5:]), default=None)
+    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+
+
+def newest(output: str | Path) -> Path | None:
+    return (whole(output) or [None])[-1]
 
 
 def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
@@ -50,6 +54,7 @@ def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
     unfinished = folder.with_name(folder.name + ".tmp")
     if first:
         discard(*folder.parent.glob("*.tmp"), folder)
+    launch.gather([])       # none has begun to write what is deleted here
     content = tensors(policy, optimizer)
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True, fqn_to_index_mapping={
         name: 1 + i // TENSORS_A_FILE for i, name in enumerate(content)})
@@ -64,8 +69,7 @@ def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
     if first:
         launch.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
         os.replace(unfinished, folder)
-        old = sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[:-keep]
-        discard(*old)
+        discard(*whole(folder.parent.parent)[:-keep])
     launch.gather([])       # nobody goes on, or ends, before it has its name
 
 
@@ -119,23 +123,33 @@ class Run:
             try:
                 saved = json.loads((self.start / "state.json").read_text())
                 self.step, self.bad_steps = saved["step"], saved["bad_steps"]
-                self.compare(saved["config"], saved["files"])
+                self.bad_in_a_row = saved["bad_in_a_row"]
+                self.compare(self.start, saved["config"])
+                self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
+                               for name in self.files if saved["files"].get(name) != self.files[name]]
                 if self.step >= config.steps:
                     self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
             except (OSError, KeyError, json.JSONDecodeError) as error:
                 raise ValueError(f"{self.start}: its state.json cannot be read ({error!r}); delete the folder to go on "
                                  "from the one before") from error
+        elif (self.output / "model").exists():
+            raise ValueError(f"--output {self.output} holds a finished run without a checkpoint to go on from; give "
+                             "another folder, or delete it to begin anew")
+        elif (self.output / "config.json").is_file():       # killed before its first checkpoint
+            self.compare(self.output, json.loads((self.output / "config.json").read_text()))
 
-    def compare(self, config: dict, files: dict) -> None:
+    def compare(self, place: Path, config: dict) -> None:
+        """Raise ValueError unless the run in `place`, with `config`, is this one."""
+        if other := sorted(asdict(self.config).keys() ^ config.keys()):
+            raise ValueError(f"{place} was made by another script, or another version of it (--{' --'.join(other)}); "
+                             "give another --output")
         for name, now in asdict(self.config).items():
-            before = config.get(name, now)
+            before = config[name]
             if before != now and name not in MAY_CHANGE:
-                raise ValueError(f"--{name} {now}: {self.start} was made with {before}; give the same flag to "
+                raise ValueError(f"--{name} {now}: {place} was made with {before}; give the same flag to "
                                  "--resume, or start in another --output")
             if before != now and name != "resume":
                 self.notes.append(f"--{name} was {before}, is {now} from step {self.step} on")
-        self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
-                       for name in self.files if files.get(name) != self.files[name]]
 
     def restore(self, policy, optimizer) -> None:
         if self.start:
@@ -163,19 +177,23 @@ class Run:
                                  "it" if back else "There is no checkpoint yet; try a lower --learning_rate"))
         stopping = any(launch.gather([stop.is_set()]))
         every = self.config.save_every
-        due = stopping or self.step == self.config.steps or every and self.step % every == 0
-        if due and not self.bad_in_a_row:       # so that the newest one is from before the trouble
-            state = {"step": self.step, "bad_steps": self.bad_steps, "files": self.files,
-                     "config": asdict(self.config)}
+        last = stopping or self.step == self.config.steps
+        # none on the way through bad steps, so that the newest one is from before the trouble
+        if last or every and self.step % every == 0 and not self.bad_in_a_row:
+            state = {"step": self.step, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row,
+                     "files": self.files, "config": asdict(self.config)}
             write(self.output / "checkpoints" / f"step_{self.step:06d}", state, policy, optimizer, self.config.keep)
         return stopping
 
 
 def rewind(path: str | Path, step: int) -> None:
-    """Keep the lines of a log that steps before `step` wrote; those after it will be written again."""
+    """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written again."""
     lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True) if Path(path).exists() else ():
-        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+    for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+                break
+        except ValueError:
             break
         lines.append(line)
     launch.write_whole(path, "".join(lines))

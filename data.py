@@ -40,6 +40,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -314,6 +315,24 @@ def pick_all(samples: list, indices: Iterable[int], seed: int, make, threads: in
     """What `pick` returns for each of `indices`, in their order; it does not depend on the number of threads."""
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda index: pick(samples, index, seed, make), indices))
+
+
+@contextmanager
+def prefetched(make: Callable, steps: Iterable[int], load: Loader):
+    """An iterator over (step, make(step)), which makes the next one in a thread while this one is used. At the end of
+    the block, however it ends, nothing is waited for: `load` is stopped, on which `make` fails."""
+    def ahead():
+        upcoming = [background.submit(make, step) for step in steps[:1]]
+        for number, step in enumerate(steps, 1):
+            made = upcoming.pop().result()
+            upcoming = [background.submit(make, after) for after in steps[number:number + 1]]
+            yield step, made
+
+    with ThreadPoolExecutor(1) as background:
+        try:
+            yield ahead()
+        finally:
+            load.stop()
 
 
 def main(argv: list[str] | None = None) -> int:

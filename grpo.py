@@ -3,9 +3,10 @@
 A group is G completions of one prompt, and the prompt is mostly video. So the prompt is computed once wherever it
 appears:
 
-- `rollout` runs the prompts once, repeats their key-value cache G times and then samples B * G rows in one loop;
-- `logprobs` scores one packed sequence [prompt][o_1]...[o_G] a group. A mask lets each completion see the prompt and
-  itself, and each completion's positions continue from the prompt's end, so every token gets the same
+- `rollout` runs the prompts once, then samples B * G rows in one loop; the G rows of a prompt share its keys and values,
+  and rows that have stopped are dropped;
+- `logprobs` scores one packed sequence of all prompts and all their completions, without padding. Each completion sees
+  its prompt and itself (attention.py), and its positions continue from the prompt's end, so every token gets the same
   log-probability and gradient as in a sequence of its own.
 
 Choices the paper leaves open, or departures from it:
@@ -131,9 +132,8 @@ def advantages(rewards: Tensor) -> Tensor:
 
 def logprobs(policy: Policy, prompts: list[Prompt], completions: Tensor, mask: Tensor,
              temperature: float = 1.0) -> Tensor:
-    """log pi(o_t | prompt, o_<t) of completions (B, G, C) -> (B, G, C), 0 where mask (B, G, C) is 0.
-
-    One packed sequence of P + G * C tokens a group; logits only where the mask is 1.
+    """log pi(o_t | prompt, o_<t) of completions (B, G, C) -> (B, G, C), 0 where mask (B, G, C) is 0, as it may be only
+    behind a completion's end. Logits only where the mask is 1.
     """
     batch, lengths, sizes = pack(policy, prompts), [len(p.ids) for p in prompts], mask.sum(-1)      # sizes (B, G)
     device = batch["ids"].device

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def start_process() -> tuple[int, int, str]:
     if device != "cpu":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(hours=4))    # evaluation meets only at its end
     elif device != "cpu":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)

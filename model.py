@@ -184,9 +184,8 @@ class Policy(nn.Module):
                           for h, y in zip(hidden.split(size), targets.split(size))])
 
 
-def check(folder: str) -> None:
-    """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder, with config.json, tokenizer and whole weights. It
-    takes milliseconds, so that a script can call it before anything slow."""
+def check_config(folder: str) -> None:
+    """Raise ModelError unless `folder` has the config.json of a Qwen2.5-VL."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         kind = config["model_type"]
@@ -197,6 +196,12 @@ def check(folder: str) -> None:
         raise ModelError(f"{folder}: model_type is {kind!r}, not 'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
     if not config.keys() & {"text_config", "hidden_size"}:      # else it would be built in the size of a 7B model
         raise ModelError(f"{folder}: config.json does not tell the model's sizes; copy it again")
+
+
+def check(folder: str) -> None:
+    """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder, with config.json, tokenizer and whole weights. It
+    takes milliseconds, so that a script can call it before anything slow."""
+    check_config(folder)
     try:
         index = Path(folder) / "model.safetensors.index.json"
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
@@ -277,8 +282,14 @@ def checkpoint_activations(policy: Policy) -> Policy:
     """Keep only the input of each decoder layer and vision block, and compute the rest again in the backward pass: less
     memory, and up to a third more time. Sampling, which has no backward pass, is as it was."""
     for block in (*policy.qwen.model.language_model.layers, *policy.qwen.model.visual.blocks):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)     # inside the hooks of FSDP2
+        block.forward = partial(recomputed, block.forward)      # inside the hooks of FSDP2
     return policy
+
+
+def recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)      # there is no dropout
 
 
 def gathered(policy: Policy, keep: bool) -> None:

@@ -8,7 +8,6 @@ is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 comp
 figures for activations and for keys and values are checked against measured ones in test_plan.py, FSDP2's are not.
 """
 import math
-from pathlib import Path
 
 from transformers import Qwen2_5_VLConfig
 
@@ -142,9 +141,9 @@ def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int
            beta: float = 0.04, freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
            samples: int = 12404, seconds: float = 30.0, text_tokens: int = 100) -> str:
     """What it takes to train the model whose config.json is in `folder`, as text: memory a GPU by part (GB of 10^9
-    bytes), the largest group that fits into `gpu_memory`, operations, hours. Videos have `seconds`, as in Charades."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json in it; give --model the folder of a Qwen2.5-VL")
+    bytes), the largest group that fits into `gpu_memory`, operations, hours. Videos have `seconds`, as in Charades. `gpus`
+    are those of one node; with more nodes, each holds the same."""
+    model.check_config(folder)
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     frames = video.frame_count(seconds, 10 ** 9)
     height, width = video.frame_size(360, 480, frames, total_pixels)
@@ -165,6 +164,9 @@ def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int
     lines = [f"{folder}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision tower",
              f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({seconds:g} s of video, {frames} frames "
              f"of {width} x {height}), G = {group_size}, up to {max_tokens} tokens a completion", "", "GB a GPU"]
+    if prompts_per_step % gpus:
+        lines.insert(2, f"train.py needs a --prompts_per_step that is a multiple of the GPUs, {mine * gpus} instead of "
+                        f"{prompts_per_step}")
     for phase, of in parts.items():
         lines += [f"  {phase:10} {part:26}{size / 1e9:8.2f}" for part, size in of.items() if size]
     lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}, and {LIBRARIES / 1e9:g} for CUDA",

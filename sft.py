@@ -15,7 +15,6 @@ continues as in train.py.
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -105,8 +104,10 @@ def main(config: Config) -> None:
         target = encoder.tokenizer(text + model.STOP_TOKENS[0])["input_ids"]
         return tasks.prepare(sample, task, encoder, load), torch.tensor(target)
 
+    steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
-        launch.write_config(config, run.output)
+        if steps:
+            launch.write_config(config, run.output)
         checkpoint.rewind(run.output / "metrics.jsonl", run.step)
         tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
                    f"{len(data.missing(samples))} videos missing")
@@ -117,14 +118,10 @@ def main(config: Config) -> None:
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
         return data.pick_all(rows, share, config.seed, make, config.workers)
 
-    with launch.stop_signals() as stop, ThreadPoolExecutor(1) as background:
-        upcoming = background.submit(prepare, run.step)
-        for step in (bar := tqdm(range(run.step, config.steps), "SFT", initial=run.step, total=config.steps,
-                                 disable=rank > 0, dynamic_ncols=True)):
-            began = time.perf_counter()
-            picked = upcoming.result()
-            if step + 1 < config.steps:
-                upcoming = background.submit(prepare, step + 1)                 # decodes while this step computes
+    with launch.stop_signals() as stop, data.prefetched(prepare, steps, load) as batches:
+        began = time.perf_counter()
+        for step, picked in (bar := tqdm(batches, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
+                                         dynamic_ncols=True)):
             prompts, targets = zip(*(made for _, made, _ in picked))
             bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
             total = sum(launch.gather([sum(map(len, targets))]))                # tokens, over all processes
@@ -151,6 +148,7 @@ def main(config: Config) -> None:
                 launch.append(run.output / "metrics.jsonl", [{
                     "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - began}])
+            began = time.perf_counter()
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
         model.save(policy, encoder, run.output / "model")

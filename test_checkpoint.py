@@ -1,6 +1,7 @@
 """Checkpoints: to the bit, whole or not at all, for any number of processes, and only for the run that wrote them."""
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -12,6 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import checkpoint
+import launch
+import sft
 import train
 from conftest import FORKS, finish
 
@@ -141,7 +144,8 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(config, tmp_path):
 
 
 def save(config):
-    state = {"step": 3, "bad_steps": 1, "files": checkpoint.Run(config).files, "config": vars(config)}
+    state = {"step": 3, "bad_steps": 1, "bad_in_a_row": [], "files": checkpoint.Run(config).files,
+             "config": vars(config)}
     checkpoint.write(Path(config.output) / "checkpoints" / "step_000003", state, *small(), keep=1)
 
 
@@ -152,6 +156,46 @@ def test_only_the_same_run_goes_on(config, flags, words):
     save(config)
     with pytest.raises(ValueError, match=words):
         checkpoint.Run(replace(config, resume=True, **flags))
+
+
+def test_another_script_or_a_finished_run_is_refused(config, tmp_path):
+    """Also before the first checkpoint, and when somebody has deleted the checkpoints."""
+    other = sft.Config(config.model, config.annotations, config.videos, config.output, resume=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    launch.write_config(config, run)
+    with pytest.raises(ValueError, match="--seed 5: .*run was made with 0"):
+        checkpoint.Run(replace(config, resume=True, seed=5))
+    with pytest.raises(ValueError, match="run was made by another script.*--batch_size"):
+        checkpoint.Run(other)
+    assert checkpoint.Run(replace(config, resume=True)).step == 0
+    (run / "model").mkdir()
+    with pytest.raises(ValueError, match="run holds a finished run without a checkpoint"):
+        checkpoint.Run(replace(config, resume=True))
+    (run / "config.json").unlink(), (run / "model").rmdir(), run.rmdir()
+    save(config)
+    with pytest.raises(ValueError, match="step_000003 was made by another script.*--batch_size"):
+        checkpoint.Run(other)
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(config, tmp_path):
+    save(config)
+    shutil.copytree(checkpoint.newest(config.output), tmp_path / "run" / "checkpoints" / "step_000003_good")
+    run = checkpoint.Run(replace(config, resume=True, keep=1, save_every=1))
+    run.finish(3, *small(), Event())
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_000003_good",
+                                                                                          "step_000004"]
+
+
+def test_a_stop_after_a_bad_step_is_resumed_as_it_was(config):
+    run, stop = checkpoint.Run(replace(config, save_every=1)), Event()
+    run.count(0, {"loss": float("nan")})
+    run.finish(0, *small(), stop)
+    assert checkpoint.newest(config.output) is None                     # none on the way through bad steps
+    stop.set()
+    assert run.finish(1, *small(), stop) and checkpoint.newest(config.output).name == "step_000002"
+    again = checkpoint.Run(replace(config, save_every=1, resume=True))
+    assert (again.step, again.bad_steps, again.bad_in_a_row) == (2, 1, ["loss in step 0"])
 
 
 def test_what_may_change_is_said(config, tmp_path):
@@ -186,5 +230,8 @@ def test_logs_lose_what_will_be_written_again(tmp_path, step, kept):
     (tmp_path / "log").write_text("".join(rows) + '{"step": 3, "los')
     checkpoint.rewind(tmp_path / "log", step)
     assert (tmp_path / "log").read_text() == "".join(rows[:kept])
+    (tmp_path / "log").write_bytes(rows[0].encode() + b"\0\0\xff\n" + rows[1].encode())     # after a power cut
+    checkpoint.rewind(tmp_path / "log", step)
+    assert (tmp_path / "log").read_text() == "".join(rows[:min(kept, 1)])
     checkpoint.rewind(tmp_path / "none", step)
     assert (tmp_path / "none").read_text() == ""

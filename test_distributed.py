@@ -5,7 +5,6 @@ import os
 import time
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -79,9 +78,12 @@ def train_recorded(settings) -> tuple[list[list], list | None]:
             ranks[:] = weights[0].device_mesh.mesh.tolist() if dist.is_initialized() else []
             super().step()
 
-    decode = lambda *_, total_pixels, **__: partial(video.load, total_pixels=total_pixels)      # here, so sooner
+    class Decoder(video.Loader):        # in this process, so sooner
+        def __call__(self, *part):
+            return video.load(*part, total_pixels=self.options["total_pixels"])
+
     task = replace(tasks.TASKS["TVG"], reward=lambda text, sample: rewards.Reward({"format": len(text) % 5 / 4}))
-    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", decode), \
+    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", Decoder), \
             mock.patch.dict(tasks.TASKS, TVG=task):
         train.main(settings)
     return gradients, ranks

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import video
 from test_video import broken, constant, counted, shown, write
 from video import Loader, VideoError, load
@@ -95,6 +96,32 @@ def test_workers_decode_at_the_same_time_and_a_hang_holds_up_only_its_own(toy, t
     assert all(results[path] == list(range(0, 64, 2)) for path in files if path not in hung)
     assert processes[0].returncode == -signal.SIGKILL and loader.workers[1].process is processes[1]
     loader.close()
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
+    loader = Loader(limit=60.0)
+    make = lambda step: data.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
+    began = time.perf_counter()
+    with pytest.raises(KeyError), data.prefetched(make, range(9), loader) as made:
+        for step, (_, clip, _) in made:
+            assert shown(clip) == list(range(0, 64, 2))
+            if step == 1:
+                time.sleep(0.5)                                 # the third is made by now
+                worker = loader.workers[0].process
+                os.kill(worker.pid, signal.SIGSTOP)
+            if step == 2:
+                raise KeyError
+    assert time.perf_counter() - began < 30 and worker.wait(5) == -signal.SIGKILL
+    with pytest.raises(VideoError, match="the run is ending"):
+        loader(toy)
+
+
+def test_prefetched_makes_each_step_once_in_order(loader):
+    made = []
+    with data.prefetched(lambda step: made.append(step) or step ** 2, range(3, 6), Loader()) as batches:
+        assert list(batches) == [(3, 9), (4, 16), (5, 25)] and made == [3, 4, 5]
+    with data.prefetched(made.append, range(3, 3), Loader()) as batches:
+        assert list(batches) == [] and made == [3, 4, 5]
 
 
 def test_a_missing_file_costs_no_worker(tmp_path):

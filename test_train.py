@@ -125,6 +125,12 @@ def test_plan_needs_no_more_than_a_config(folder, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
     train.main(train.Config(model=str(tmp_path), plan=True, gpus=1, gpu_memory=40))
     assert "fits into 40 GB" in capsys.readouterr().out
+    train.main(train.Config(model=str(tmp_path), plan=True, gpus=8, prompts_per_step=12))
+    assert "a multiple of the GPUs, 16 instead of 12" in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="llama"):
+        train.main(train.Config(model=str(tmp_path), plan=True))
     with pytest.raises(ValueError, match="config.json.*--model"):
         train.main(train.Config(model=str(tmp_path / "nowhere"), plan=True))
 

@@ -18,7 +18,6 @@ take_step), and those that grpo.py, tasks.py, rewards.py and video.py list.
 """
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +76,7 @@ class Config:
     max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
                                   "such steps change nothing")
     plan: bool = flag(False, "only print what training would take on --gpus, from the model's config.json")
-    gpus: int = flag(8, "of --plan")
+    gpus: int = flag(8, "of --plan: GPUs of a node; each node holds the same")
     gpu_memory: float = flag(80.0, "of --plan: GB of each")
     tflops: float = flag(60.0, "of --plan: TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
 
@@ -130,8 +129,10 @@ def main(config: Config) -> None:
     run.restore(policy, optimizer)
     load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                         total_pixels=config.total_pixels)
+    steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
-        launch.write_config(config, run.output)
+        if steps:
+            launch.write_config(config, run.output)
         without = f", {len(samples) - len(invertible)} without a verb" if config.tvg_prob < 1 else ""
         tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{without}, "
                    f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
@@ -147,21 +148,17 @@ def main(config: Config) -> None:
         picked = data.pick_all(pool, share, config.seed, make, config.workers)
         return task, [(index, *one) for index, one in zip(share, picked)]
 
-    with launch.stop_signals() as stop, ThreadPoolExecutor(1) as background:
-        log = open_logs(run.output, rank, config.group_size, run.step)
-        upcoming = background.submit(prepare, run.step)
-        for step in tqdm(range(run.step, config.steps), "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
-                         dynamic_ncols=True):
-            began = time.perf_counter()
-            task, batch = upcoming.result()
-            if step + 1 < config.steps:
-                upcoming = background.submit(prepare, step + 1)     # decodes while this step computes
+    with launch.stop_signals() as stop, data.prefetched(prepare, steps, load) as batches:
+        log, began = open_logs(run.output, rank, config.group_size, run.step), time.perf_counter()
+        for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
+                                        dynamic_ncols=True):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
             parts, completions = sample_step(config, policy, encoder, task, batch)
             numbers = run.count(step, take_step(config, policy, reference, optimizer, parts, completions, world))
             log({"step": step, "task": task.name, **numbers, "lr": optimizer.param_groups[0]["lr"]}, completions,
                 time.perf_counter() - began)
+            began = time.perf_counter()
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
         model.save(policy, encoder, run.output / "model")

@@ -194,12 +194,15 @@ class Loader:
         self.options, self.hung = dict(OPTIONS, **options), {}   # hung: the path -> what was said of it
         self.cache = Cache(cache, cache_gb) if cache else None
         self.workers = [Worker(limit) for _ in range(workers)]
+        self.stopped = False
         self.free = queue.LifoQueue()   # the last one in has started already
         for worker in self.workers:
             self.free.put(worker)
 
     def __call__(self, path, start=None, end=None):
         path = os.path.abspath(path)
+        if self.stopped:
+            raise VideoError(f"{path}: not decoded, since the run is ending")
         require_file(path)
         request = {"path": path, "start": start, "end": end, **self.options}
         key = None
@@ -211,7 +214,9 @@ class Loader:
                 return Clip(torch.from_numpy(entry[0]), entry[1]["fps"])
         worker = self.free.get()
         try:
-            if path in self.hung:   # maybe while this thread waited for a worker
+            if self.stopped:    # maybe while this thread waited for a worker, as below
+                raise VideoError(f"{path}: not decoded, since the run is ending")
+            if path in self.hung:
                 raise VideoTimeout(self.hung[path])
             clip = worker.ask(request)
         except VideoTimeout as error:
@@ -226,6 +231,14 @@ class Loader:
     def close(self):
         for worker in self.workers:
             worker.close()
+
+    def stop(self):
+        """From another thread: end what is being decoded, and decode nothing more. Those who wait get a VideoError."""
+        self.stopped = True
+        for worker in self.workers:
+            process = worker.process
+            if process is not None:
+                process.kill()
 
 
 class Worker:
