@@ -84,6 +84,7 @@ def train_recorded(settings) -> tuple[list[list], list | None]:
 
     task = replace(tasks.TASKS["TVG"], reward=lambda text, sample: rewards.Reward({"format": len(text) % 5 / 4}))
     with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", Decoder), \
+            mock.patch.object(model, "LOGITS_AT_ONCE", 5000), \
             mock.patch.dict(tasks.TASKS, TVG=task):
         train.main(settings)
     return gradients, ranks
