@@ -129,7 +129,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
 
 def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tuple[int, data.Sample]]:
     """(number, sample) sorted by the seconds of video to be seen, longest first, so that a batch has prompts of about
-    one length and memory trouble shows at once. The queries of a video stay together: it is decoded and seen once."""
+    one length and memory trouble shows at once. In TVG the queries of a video stay together: it is seen once for all."""
     last = {}       # where the duration is unknown, a video is at least as long as its last segment
     for _, sample in pool:
         last[sample.video] = max(sample.duration or 0.0, sample.end, last.get(sample.video, 0.0))

@@ -49,15 +49,16 @@ def pack(policy: Policy, prompts: list[Prompt]) -> dict[str, Tensor]:
 @torch.no_grad()
 def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts with their videos run through the vision tower, without gradient, each different video once."""
-    features, some = {}, []
-    different = {id(p.patches): p for p in prompts if p.video is None}
-    for key, prompt in different.items():
-        some.append(key)
-        if sum(len(different[k].patches) for k in some) >= PATCHES_AT_ONCE or key == list(different)[-1]:
-            batch = pack(policy, [different[k] for k in some])
-            video = policy(patches=batch["patches"], grid=batch["grid"])                    # (video tokens, H)
-            features.update(zip(some, video.split([len(different[k].patches) // MERGE ** 2 for k in some])))
-            some = []
+    features, passes = {}, []
+    for p in {id(p.patches): p for p in prompts if p.video is None}.values():
+        if not passes or sum(len(q.patches) for q in passes[-1]) >= PATCHES_AT_ONCE:
+            passes.append([])
+        passes[-1].append(p)
+    for some in passes:
+        batch = pack(policy, some)
+        video = policy(patches=batch["patches"], grid=batch["grid"])                        # (video tokens, H)
+        parts = video.split([len(p.patches) // MERGE ** 2 for p in some])
+        features.update((id(p.patches), part) for p, part in zip(some, parts))
     return [p if p.video is not None else replace(p, video=features[id(p.patches)]) for p in prompts]
 
 

@@ -148,9 +148,9 @@ def main(config: Config) -> None:
                 launch.append(run.output / "metrics.jsonl", [{
                     "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - began}])
-            began = time.perf_counter()
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
+            began = time.perf_counter()
         model.save(policy, encoder, run.output / "model")
 
 

@@ -118,6 +118,12 @@ def test_a_video_is_seen_once(tiny, prompts, monkeypatch):
     same = [prompts[0], prompts[1], prompts[0]]
     seen = grpo.see(policy, same)
     assert calls == [len(prompts[0].patches) + len(prompts[1].patches)]
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "PATCHES_AT_ONCE", 1)                   # a pass for each video
+        for one, other in zip(seen, grpo.see(policy, same)):
+            torch.testing.assert_close(one.video, other.video)
+    assert calls[1:] == [len(prompts[0].patches), len(prompts[1].patches)]
+    del calls[1:]
     rollouts = [grpo.rollout(policy, some, 1, 5, encoder.stop_ids) for some in (same, seen)]
     assert len(calls) == 2 and torch.equal(rollouts[0].completions, rollouts[1].completions)
     scores = [grpo.logprobs(policy, some, rollouts[0].completions, rollouts[0].mask) for some in (same, seen)]

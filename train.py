@@ -158,9 +158,9 @@ def main(config: Config) -> None:
             numbers = run.count(step, take_step(config, policy, reference, optimizer, parts, completions, world))
             log({"step": step, "task": task.name, **numbers, "lr": optimizer.param_groups[0]["lr"]}, completions,
                 time.perf_counter() - began)
-            began = time.perf_counter()
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
+            began = time.perf_counter()
         model.save(policy, encoder, run.output / "model")
 
 
