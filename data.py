@@ -33,7 +33,6 @@ file it names is taken if there is one, else the bare name is looked for in the 
 """
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -47,7 +46,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from video import Loader, VideoError
+from support.video import Loader, VideoError
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
 OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
@@ -351,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     except AnnotationError as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    import rewards      # here only: whoever reads samples needs no tagger
+    import rewards  # here only: whoever reads samples needs no tagger
     name, sentences, _ = parse(args.file)
     report = {"format": name, "records": sentences, "samples": len(samples),
               "rejected": Counter(item.reason for item in rejected), "clipped": sum(sample.clipped for sample in samples),

@@ -35,12 +35,11 @@ from tqdm import tqdm
 
 import data
 import grpo
-import launch
 import model
 import rewards
 import tasks
-import video
-from launch import flag
+from support import launch, video
+from support.launch import flag
 
 
 @dataclass

@@ -19,15 +19,13 @@ import numpy as np
 import torch
 
 import grpo
-import launch
 import model
-import plot
 import rewards
 import tasks
-import video
 from data import Sample
-from launch import flag
-from video import TOTAL_PIXELS
+from support import launch, plot, video
+from support.launch import flag
+from support.video import TOTAL_PIXELS
 
 
 @dataclass

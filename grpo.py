@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attention import Decoding, Packed
 from model import MERGE, Policy, Prompt
+from support.attention import Decoding, Packed
 
 PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
 

@@ -32,10 +32,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-import attention
-import launch
-from attention import Decoding, Packed
-from video import Clip
+from support import attention, launch
+from support.attention import Decoding, Packed
+from support.video import Clip
 
 PATCH, MERGE = 14, 2            # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)     # of CLIP's training images,

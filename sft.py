@@ -22,14 +22,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import checkpoint
 import data
 import grpo
-import launch
 import model
 import tasks
-import video
-from launch import flag
+from support import checkpoint, launch, video
+from support.launch import flag
 
 
 @dataclass

@@ -9,8 +9,24 @@ from types import SimpleNamespace
 import pytest
 
 import rewards
-from rewards import (Reward, answer, ar, cosine, format_reward, iou, main, similarity, span, tvg, vc, vd, verb_base,
-                     verb_spans, verbs, verbs_of)
+from rewards import (
+    Reward,
+    answer,
+    ar,
+    cosine,
+    format_reward,
+    iou,
+    main,
+    similarity,
+    span,
+    tvg,
+    vc,
+    vd,
+    verb_base,
+    verb_spans,
+    verbs,
+    verbs_of,
+)
 
 JUNK = ["", " ", "\n\t", ".", "?!...", "[]", "\x00\x01\x1b[31m", "\ud800\udfff walks", "\N{ZERO WIDTH JOINER}\u202e",
         "🏃🏽‍♀️" * 50, "走路", "a" * 100_000, " " * 100_000, "walks " * 20_000, "<" * 100_000, "1" * 100_000]

@@ -22,15 +22,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 import data
 import evaluate
-import launch
 import model
-import plot
 import rewards
 import sft
 import tasks
 import train
-import video
-from launch import flag
+from support import launch, plot, video
+from support.launch import flag
 
 SIZE, FPS, LONGEST = 28, 4, 16          # pixels, frames a second, seconds
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (230, 210, 40)}

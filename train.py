@@ -26,16 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
 import grpo
-import launch
 import model
-import plan
 import rewards
 import tasks
-import video
-from launch import flag
+from support import checkpoint, launch, video
+from support.launch import flag
+from tools import plan
 
 
 @dataclass

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import video
-from video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_count, frame_size, frame_times, load
+from support.video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_count, frame_size, frame_times, load
 
 STEP = 3   # grey levels between one frame and the next: frame i is shown as brightness 20 + 3 * i
 

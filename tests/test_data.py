@@ -10,7 +10,7 @@ import pytest
 
 import data
 import toy
-from video import VideoError
+from support.video import VideoError
 
 
 @pytest.fixture

@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 import data
 import evaluate
 import ground
-import launch
 import model
-import plot
 import rewards
 import sft
 import toy
 import train
+from support import launch, plot
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 GONE = object()     # as a value: without this flag
 
 
@@ -48,7 +47,7 @@ def wrong(folder, tmp_path_factory):
 
 def run(monkeypatch, script, words):
     """Run a script as its command line does, in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__.split('.')[-1]}.py", *words])
     if hasattr(script, "Config"):
         if script is ground:
             sys.argv[1:] = ground.flags(sys.argv[1:])
@@ -269,7 +268,7 @@ def test_model_folders(folder, tmp_path, harm, words):
 
 
 def sources():
-    return [path for path in HERE.glob("*.py") if not path.name.startswith("test_")]
+    return [path for room in (".", "support", "tools") for path in HERE.glob(f"{room}/*.py") if not path.name.startswith("test_")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)

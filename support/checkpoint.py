@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-import launch
+from support import launch
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
               "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",

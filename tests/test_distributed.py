@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 import data
 import grpo
-import launch
 import model
 import rewards
 import tasks
 import train
-import video
-from video import Clip
+from support import launch, video
+from support.video import Clip
 
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
 start = multiprocessing.get_context("forkserver")

@@ -1,6 +1,5 @@
 """Positions and patches against hand-made values; encoding, loading and saving."""
 import json
-import shutil
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 import grpo
 import model
-from attention import Packed
-from video import Clip
+from support.attention import Packed
+from support.video import Clip
 
 PAD = 99
 

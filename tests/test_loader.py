@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from test_video import broken, constant, counted, shown, write
 
 import data
-import video
-from test_video import broken, constant, counted, shown, write
-from video import Loader, VideoError, load
+from support import video
+from support.video import Loader, VideoError, load
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_crash_is_an_error_and_the_next_file_loads(toy, loader):
 
 def test_the_worker_ends_with_its_parent_and_needs_no_main_guard(toy, tmp_path):
     script = tmp_path / "unguarded.py"
-    script.write_text(f"import sys, time\nsys.path.insert(0, {str(Path(video.__file__).parent)!r})\nfrom video import Loader\n"
+    script.write_text(f"import sys, time\nsys.path.insert(0, {str(Path(video.__file__).parent.parent)!r})\nfrom support.video import Loader\n"
                       f"loader = Loader()\nloader({str(toy)!r})\n"
                       "print(loader.workers[0].process.pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:

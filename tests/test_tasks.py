@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 
 import tasks
-import video
 from data import Sample
+from support import video
 
 SAMPLE = Sample("x:1", "x.mp4", "a person opens the door and walks away.", 1.0, 3.0, None)
 

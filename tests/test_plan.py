@@ -6,10 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import bench
 import grpo
 import model
-import plan
+from tools import bench, plan
 
 SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
                                side=112, group_size=6, max_tokens=30, text=20),

@@ -10,7 +10,7 @@ import data
 import rewards
 import tasks
 import toy
-import video
+from support import video
 
 
 @pytest.mark.parametrize("verb", toy.VERBS)

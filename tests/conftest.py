@@ -10,24 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import launch
 import model
 import sft
 import toy
-from video import Clip
+from support import launch
+from support.video import Clip
 
 torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
 FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
 FORKS.set_forkserver_preload(["conftest", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: takes minutes, so it runs only when asked for: pytest -m soak")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr and not any("::" in arg for arg in config.args):
-        items[:] = [item for item in items if "soak" not in item.keywords]
 
 
 def flags(config) -> list[str]:
@@ -65,7 +56,7 @@ def torchrun(script: str, processes: int, config, log) -> subprocess.Popen:
     """The real thing, which takes ten seconds longer."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-         "--rdzv_endpoint=localhost:0", str(Path(__file__).parent / script), *flags(config)], stdout=open(log, "w"),
+         "--rdzv_endpoint=localhost:0", str(Path(__file__).parent.parent / script), *flags(config)], stdout=open(log, "w"),
         stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 

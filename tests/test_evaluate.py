@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import finish, start
 from safetensors.torch import load_file, save_file
 
 import data
@@ -14,8 +15,7 @@ import evaluate
 import grpo
 import model
 import tasks
-import video
-from conftest import finish, start
+from support import video
 
 
 def row(task, **parts):

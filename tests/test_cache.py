@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cache
-from cache import Cache
+from support import cache
+from support.cache import Cache
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (4, 3, 28, 56), dtype=np.uint8)   # 18,816 bytes
 
@@ -47,12 +47,12 @@ def test_a_damaged_entry_is_missing_and_written_again(tmp_path, harm):
 
 
 def test_two_processes_write_and_read_the_same_entries(tmp_path):
-    script = ("import sys, numpy as np; sys.path.insert(0, sys.argv[1]); from cache import Cache; store = Cache(sys.argv[2])\n"
+    script = ("import sys, numpy as np; sys.path.insert(0, sys.argv[1]); from support.cache import Cache; store = Cache(sys.argv[2])\n"
               "for i in range(300):\n"
               "    store.put({'n': i % 3}, np.full((50, 784), i % 3, np.uint8), {})\n"
               "    array, _ = store.get({'n': (i + 1) % 3}) or (np.full(1, (i + 1) % 3), 0)\n"
               "    assert (array == (i + 1) % 3).all()")
-    runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", script, Path(cache.__file__).parent, tmp_path])
+    runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", script, Path(cache.__file__).parent.parent, tmp_path])
             for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert len(files(tmp_path)) == 3

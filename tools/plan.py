@@ -12,7 +12,7 @@ import math
 from transformers import Qwen2_5_VLConfig
 
 import model
-import video
+from support import video
 
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have

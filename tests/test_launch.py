@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import launch
+from support import launch
 
 
 @dataclass

@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-import attention
 import grpo
-from attention import Decoding, Packed
+from support import attention
+from support.attention import Decoding, Packed
 
 
 def random(*shape, seed=0):

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-import checkpoint
-import grpo
-import launch
-import tasks
-import train
 from conftest import finish, start, torchrun
+from safetensors.torch import load_file
 from test_train import assert_about_same_weights, config, rows, sft_config
+
+import grpo
+import train
+from support import checkpoint
 
 CLOCK = {"seconds", "tokens_per_second"}
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 import data
 import grpo
 import model
-import plot
 import rewards
 import tasks
-import video
+from support import plot, video
 
 settings.register_profile("house", max_examples=50, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import plot
-from video import Clip
+from support import plot
+from support.video import Clip
 
 PART = {"TVG": "iou", "VC": "vc", "AR": "ar", "VD": "vd"}
 

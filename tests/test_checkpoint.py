@@ -9,14 +9,13 @@ from threading import Event
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import FORKS, finish
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-import checkpoint
-import launch
 import sft
 import train
-from conftest import FORKS, finish
+from support import checkpoint, launch
 
 
 def small(steps=0, seed=0, hidden=5):

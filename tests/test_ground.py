@@ -12,11 +12,11 @@ import torch
 import data
 import evaluate
 import ground
-import launch
 import tasks
-from video import Clip
+from support import launch
+from support.video import Clip
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 def config(model, path, queries, **flags):

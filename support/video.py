@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cache import Cache
+from support.cache import Cache
 
 FACTOR = 28                      # pixels: patches of 14 x 14, merged 2 x 2
 TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
@@ -281,7 +281,8 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "support.video", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                cwd=Path(__file__).parent.parent,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)   # Ctrl-C is for the caller
         self.pid, self.stream = os.getpid(), ours.makefile("rwb")
         with ours:   # the stream keeps it open

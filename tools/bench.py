@@ -38,13 +38,11 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 import data
 import evaluate
 import grpo
-import launch
 import model
-import plan
-import plot
 import tasks
-import video
-from launch import flag
+from support import launch, plot, video
+from support.launch import flag
+from tools import plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -268,7 +266,7 @@ def child(config: Config, way: str) -> dict:
     """`measure` in a process of its own."""
     flags = [word for name, value in asdict(config).items() if not isinstance(value, bool) and name != "inside"
              for word in (f"--{name}", str(value))]
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *flags, "--inside", way],
+    done = subprocess.run([sys.executable, "-m", "tools.bench", *flags, "--inside", way],
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:     # -9: the system ran out of memory
         raise ValueError(f"measuring {way} ended with code {done.returncode}; a smaller --group_size needs less memory")

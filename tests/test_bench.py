@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bench
+from tools import bench
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)

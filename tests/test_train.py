@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import finish, start
 from safetensors.torch import load_file
 
 import data
@@ -11,7 +12,7 @@ import model
 import sft
 import tasks
 import train
-from conftest import finish, start
+
 
 def rows(path):
     return [json.loads(line) for line in open(path)]
