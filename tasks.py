@@ -1,4 +1,4 @@
-"""The four tasks: what the model is asked, what it sees, how its completion is rewarded, and the draw between them.
+"""The four tasks: what the model is asked, what it sees, how its completions are rewarded, and the draw between them.
 
 Algorithm 1, lines 6-15: every step draws TVG with probability p, else one of the inversion tasks uniformly
 (Eq. 12, 13), one task for the whole batch. TVG sees the whole video; an inversion task sees the annotated segment,
@@ -24,9 +24,12 @@ from rewards import Reward
 @dataclass(frozen=True)
 class Task:
     name: str
-    template: str                               # may hold {query}, or {masked}: the query with [] for each verb
-    segment: bool                               # sees the annotated segment only, not the whole video
-    reward: Callable[[str, Sample], Reward]     # (completion, sample) -> named parts; their sum is Eq. 10 or 11
+    template: str               # may hold {query}, or {masked}: the query with [] for each verb
+    part: str                   # the name of its own part of the reward, beside "format"
+    reward: Callable[[list[str], list[Sample]], list[Reward]]   # completions, each with the sample it is about
+    sees_segment: bool = True   # of the video only the annotated segment
+    inversion: bool = True      # is drawn with probability 1 - p
+    needs_verb: bool = True     # a query without a verb cannot be asked or rewarded
 
     def prompt(self, sample: Sample) -> str:
         return self.template.format(query=sample.query, masked=mask_verbs(sample.query))
@@ -35,21 +38,21 @@ class Task:
 FORM = "Reply as <think>your thoughts</think> <answer>{}</answer>"
 TASKS = {task.name: task for task in (
     Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
-         segment=False, reward=rewards.tvg),
+         "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),
     Task("VC", 'Add a verb for the event "{masked}" based on the video. ' + FORM.format("the whole sentence"),
-         segment=True, reward=rewards.vc),
+         "vc", rewards.vc),
     Task("AR", "Use a verb to describe the event based on the video. " + FORM.format("one verb"),
-         segment=True, reward=rewards.ar),
+         "ar", rewards.ar),
     Task("VD", "Describe what people have done based on the video. " + FORM.format("one sentence"),
-         segment=True, reward=rewards.vd),
+         "vd", rewards.vd),
 )}
-INVERSIONS = tuple(name for name, task in TASKS.items() if task.segment)
+INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
 def mask_verbs(query: str) -> str:
     """'a person closed the door' -> 'a person [] the door'; nothing but the verbs changes."""
-    for start, end, _ in reversed(rewards.verb_spans(query)):
-        query = query[:start] + "[]" + query[end:]
+    for verb in reversed(rewards.find_verbs([query])[0]):
+        query = query[:verb.start] + "[]" + query[verb.end:]
     return query
 
 
@@ -60,18 +63,20 @@ def draw(step: int, seed: int, tvg_prob: float, names: list[str]) -> Task:
     return TASKS["TVG"] if rng.random() < tvg_prob else TASKS[names[rng.integers(len(names))]]
 
 
-def with_verb(samples: list[Sample]) -> list[Sample]:
-    """The samples that an inversion task can use: there must be a verb to ask for."""
-    found = rewards.verbs_of([sample.query for sample in samples])
+def usable(samples: list[Sample], task: Task) -> list[Sample]:
+    """The samples that a task can use."""
+    if not task.needs_verb:
+        return samples
+    found = rewards.verbs([sample.query for sample in samples])
     return [sample for sample, verbs in zip(samples, found) if verbs]
 
 
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
-    """What the model sees of a sample: load(path, start, end) gives the clip, an inversion task gets the segment of it.
+    """What the model sees of a sample: load(path, start, end) gives the clip, of which a task may see the segment only.
 
     Raises VideoError when the video cannot be read.
     """
     clip = load(sample.video, sample.video_start, sample.video_end)
-    if task.segment:
+    if task.sees_segment:
         clip = clip.cut(sample.start, sample.end)
     return encoder.encode(task.prompt(sample), clip)

@@ -43,7 +43,8 @@ def test_written_video_has_its_events(folder):
         by_video.setdefault(sample.video, []).append((sample.start, sample.end))
     for path, segments in by_video.items():
         clip = video.load(path)
-        assert clip.fps == pytest.approx(2.0) and clip.frames.shape[2:] == (28, 28) and clip.duration == len(clip.frames) / 2
+        assert clip.fps == pytest.approx(2.0) and clip.frames.shape[2:] == (28, 28)
+        assert clip.duration == len(clip.frames) / 2
         picture = clip.frames[:, :, :25].float()                            # without the clock
         for second in range(int(clip.duration)):
             moves = (picture[2 * second] - picture[2 * second + 1]).abs().max() > 80
