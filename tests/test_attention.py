@@ -74,7 +74,7 @@ def test_windows_see_themselves(lengths):
     ends = torch.tensor([0, *lengths]).cumsum(0)
     looks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     inputs = [random(1, 2, sum(lengths), 8, seed=i) for i in range(3)]
-    out, _ = attention.windows(None, *inputs, None, scaling=0.3, cu_seq_lens_q=ends)
+    out, _ = attention.windows(torch.nn.Identity(), *inputs, None, scaling=0.3, cu_seq_lens_q=ends)
     torch.testing.assert_close(out, plain(*inputs, looks, 0.3))
 
 

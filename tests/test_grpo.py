@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import grpo
 import model
@@ -156,7 +157,7 @@ def test_loss_by_hand():
     k3 = lambda difference: math.exp(difference) - difference - 1
     first = ((math.exp(0.2) * 2 - 0.1 * k3(0.0)) + (1 * 2 - 0.1 * k3(0.5))) / 2
     second = 1 * -1 - 0.1 * k3(-0.2)
-    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, completions=2)
+    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, total=2)
     assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-6)
     assert kl.item() == pytest.approx(((k3(0.0) + k3(0.5)) / 2 + k3(-0.2)) / 2, rel=1e-6)
 
@@ -205,3 +206,9 @@ def test_training_on_one_batch_raises_the_rewarded_completion(tiny, prompts):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
     gain = (grpo.logprobs(policy, prompts, completions, mask) - old).sum(-1)
     assert ((gain > 0) == (advantage > 0)).all()
+
+
+def test_shapes_are_checked_while_tests_run():
+    logp, old, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.ones(1, 2, 3).long()
+    with pytest.raises(TypeCheckError, match="old_logp"):
+        grpo.loss(logp, old, None, torch.zeros(1, 2), mask, 0.0, 2)

@@ -218,7 +218,7 @@ def test_a_folder_as_published(tied, tmp_path):
         scored = grpo.logprobs(policy, [prompt], rollouts.completions, rollouts.mask)
     torch.testing.assert_close(scored, rollouts.logprobs, rtol=0, atol=1e-4)
     # 151,665 to 151,935 have a weight, but no text
-    assert encoder.decode(torch.tensor([[ord("A") - 33, 151935, 151645]]), torch.ones(1, 3)) == ["A"]
+    assert encoder.decode(torch.tensor([[ord("A") - 33, 151935, 151645]]), torch.ones(1, 3).int()) == ["A"]
 
     model.save(policy, encoder, tmp_path / "saved")
     stored = set().union(*(load_file(file) for file in (tmp_path / "saved").glob("*.safetensors")))
