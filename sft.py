@@ -19,7 +19,6 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
-from support.loader import Loader
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ import model
 import tasks
 from support import checkpoint, launch, sharding, stream
 from support.launch import flag
+from support.loader import Loader
 from support.video import TOTAL_PIXELS
 
 

@@ -6,10 +6,17 @@ which is TVG's answer, and is asked for what TVG is told (Eq. 1, 2).
 
 A new inversion task is one reward function in rewards.py and one `Task(...)` here.
 
+    python tasks.py AR "a person walks away and laughs" "<think>a path</think> <answer>walking</answer>"
+    python tasks.py TVG "a person laughs" "<think>late</think> <answer>2.0 to 8.0</answer>" --segment 1.0 7.5
+
 Departures from the paper:
 1. Its prompts are used with the answer's format spelled out behind them, since the format is rewarded (Eq. 9).
 2. In VC every verb of the query is masked, since Eq. 5 compares all of them.
 """
+import argparse
+import json
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,3 +87,33 @@ def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Pro
     if task.sees_segment:
         clip = clip.cut(sample.start, sample.end)
     return encoder.encode(task.prompt(sample), clip)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the reward of one completion as a JSON line; returns the exit code, 2 for a wrong command."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("task", help=" or ".join(TASKS))
+    parser.add_argument("query")
+    parser.add_argument("completion", help="the whole text of the model, tags included")
+    parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
+    parser.add_argument("--cosine", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
+    args = parser.parse_args(argv)
+    task, (start, end) = TASKS.get(args.task), args.segment or (0.0, math.inf)
+    wrong = None
+    if task is None:
+        wrong = f"there is no task {args.task!r}, take one of {', '.join(TASKS)}"
+    elif task.part == "iou" and args.segment is None:
+        wrong = "TVG needs the true segment in seconds: --segment START END"
+    elif args.segment and not (0 <= start < end < math.inf):
+        wrong = f"--segment {start:g} {end:g}: give a start from 0 s on and an end after it"
+    if wrong:
+        print(f"tasks.py: {wrong}", file=sys.stderr)
+        return 2
+    options = {"by_cosine": True} if args.cosine and task.part != "iou" else {}
+    reward, = task.reward([args.completion], [Sample("", "", args.query, start, end, None)], **options)
+    print(json.dumps({**reward.parts, "total": reward.total}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

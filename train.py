@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from support.loader import Loader
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ import model
 import tasks
 from support import checkpoint, launch, sharding, stream
 from support.launch import flag
+from support.loader import Loader
 from support.video import TOTAL_PIXELS
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from support.loader import Loader
 
 import data
 import grpo
@@ -21,6 +20,7 @@ import rewards
 import tasks
 import train
 from support import launch, sharding, stream, video
+from support.loader import Loader
 from support.video import Clip
 
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then

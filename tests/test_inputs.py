@@ -16,8 +16,8 @@ import data
 import evaluate
 import ground
 import model
-import rewards
 import sft
+import tasks
 import toy
 import train
 from support import launch, plot
@@ -182,11 +182,11 @@ def one_line(capsys, stop, start, words):
     (data, ["gone.txt", "--videos", "videos"], "has none of the videos"),
     (data, ["out.txt", "--videos", "videos"], "leaves"),
     (data, ["ok.txt", "--workers", "0"], "--workers 0"), (data, ["ok.txt", "--vidoes", "videos"], "--vidoes"),
-    (data, [], "file"), (rewards, ["XX", "q", "c"], "'XX'"), (rewards, ["TVG", "q", "c"], "--segment START END"),
-    (rewards, ["TVG", "q", "c", "--segment", "5", "3"], "--segment 5 3"), (rewards, ["AR", "q"], "completion"),
-    (rewards, ["TVG", "q", "c", "--segment", "nan", "3"], "--segment nan 3"),
-    (rewards, ["TVG", "q", "c", "--segment", "1", "inf"], "--segment 1 inf"),
-    (rewards, ["TVG", "q", "c", "--segment", "-1", "3"], "--segment"), (plot, ["absent"], "absent"), (plot, [], "runs"),
+    (data, [], "file"), (tasks, ["XX", "q", "c"], "'XX'"), (tasks, ["TVG", "q", "c"], "--segment START END"),
+    (tasks, ["TVG", "q", "c", "--segment", "5", "3"], "--segment 5 3"), (tasks, ["AR", "q"], "completion"),
+    (tasks, ["TVG", "q", "c", "--segment", "nan", "3"], "--segment nan 3"),
+    (tasks, ["TVG", "q", "c", "--segment", "1", "inf"], "--segment 1 inf"),
+    (tasks, ["TVG", "q", "c", "--segment", "-1", "3"], "--segment"), (plot, ["absent"], "absent"), (plot, [], "runs"),
     (plot, ["none"], "none/metrics.jsonl"), (plot, ["empty.txt"], "empty.txt: holds no steps"),
     (plot, ["bytes"], "bytes"),
     (plot, ["log.jsonl"], "log.jsonl: line 1"), (plot, ["log.jsonl", "--output", "videos"], "--output videos"),

@@ -1,5 +1,6 @@
 """What plan.py counts, against real modules: parameters, operations, and memory as torch's profiler sees it."""
 import json
+import sys
 
 import pytest
 import torch
@@ -7,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
-import model
-from tools import bench, plan
+import train
+from support import launch, sharding
+from tools import plan, ways
 
-SHAPES = {"wide": bench.Config(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
+SHAPES = {"wide": ways.Shape(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
                                side=112, group_size=6, max_tokens=30, text=20),
-          "deep": bench.Config(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4,
+          "deep": ways.Shape(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4,
                                side=168, group_size=3, max_tokens=70, text=40, prompts=2)}
 PUBLISHED = {   # as the 3B and 7B folders have it, and as older transformers wrote it: the decoder's fields at the top
     "3B": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
@@ -34,8 +36,8 @@ def write(folder, name):
 def small(request):
     """(config, policy, prompts, completions) of two models of different proportions."""
     config = SHAPES[request.param]
-    policy = bench.build(config)
-    prompts = bench.make_prompts(config, policy.qwen.config)
+    policy = ways.build(config)
+    prompts = ways.make_prompts(config, policy.qwen.config)
     return config, policy, prompts, torch.ones(config.prompts, config.group_size, config.max_tokens, dtype=torch.long)
 
 
@@ -64,7 +66,7 @@ def test_operations_are_those_that_torch_counts(small):
     """The plain forward pass of one sequence; its attention is not halved, and it has all logits."""
     _, policy, prompts, _ = small
     policy.qwen.set_attn_implementation("eager")
-    inputs, config = bench.repeat(prompts[:1], 1), policy.qwen.config
+    inputs, config = ways.repeat(prompts[:1], 1), policy.qwen.config
     length, grid, text = len(prompts[0].ids), prompts[0].grid.tolist(), config.text_config
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy.qwen(**inputs)
@@ -75,7 +77,7 @@ def test_operations_are_those_that_torch_counts(small):
 
 
 def test_a_lone_completion_is_a_longer_prompt():
-    config = bench.shape(SHAPES["deep"])
+    config = ways.shape(SHAPES["deep"])
     whole = plan.forward_operations(config, 130, (2, 4, 4), 0, 0)
     parts = plan.forward_operations(config, 100, (2, 4, 4), 1, 30)
     assert parts["prompt"] + parts["completions"] == whole["prompt"] and parts["vision"] == whole["vision"]
@@ -95,7 +97,7 @@ def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
     policy.to(dtype)
     policy.qwen.model.visual.requires_grad_(not freeze)
     if recompute:
-        model.checkpoint_activations(policy)
+        sharding.checkpoint_activations(policy)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())
@@ -107,10 +109,10 @@ def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
 def test_memory_of_the_cache_is_as_measured(grids, rows):
     """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
-    config = bench.Config(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
+    config = ways.Shape(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
                           side=112, text=10)
-    policy = bench.build(config)
-    prompts = bench.make_prompts(config, policy.qwen.config)
+    policy = ways.build(config)
+    prompts = ways.make_prompts(config, policy.qwen.config)
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
     counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
     assert counted == pytest.approx(measured, rel=0.15)
@@ -133,11 +135,35 @@ def test_shards_and_options(tmp_path):
 def test_report(tmp_path):
     """A folder with nothing but config.json; the largest group it names fits and the next does not."""
     folder = write(tmp_path, "3B")
-    text = plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256)
+    text = plan.report(plan.Config(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256))
     assert "3.75 billion weights" in text and "fits into 80 GB" in text and "hours an epoch" in text
     largest = int(text.split("largest group that fits: ")[1].split(",")[0])
-    again = lambda size: plan.report(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256, group_size=size)
+    again = lambda size: plan.report(plan.Config(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256,
+                                                 group_size=size))
     assert "DOES NOT" not in again(largest) and "DOES NOT FIT" in again(largest + 1)
-    assert "group that fits: none" in plan.report(folder, gpus=1, gpu_memory=24)
+    assert "group that fits: none" in plan.report(plan.Config(folder, gpus=1, gpu_memory=24))
     with pytest.raises(ValueError, match="nowhere.*--model"):
-        plan.report(str(tmp_path / "nowhere"))
+        plan.report(plan.Config(str(tmp_path / "nowhere")))
+
+
+def test_the_command_needs_no_more_than_a_config(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+    command = lambda *words: monkeypatch.setattr(sys, "argv", ["plan.py", "--model", str(tmp_path), *words]) or \
+        launch.command_line(plan.Config, plan.main, plan.__doc__)
+    command("--gpus", "1", "--gpu_memory", "40")
+    assert "fits into 40 GB" in capsys.readouterr().out
+    command("--gpus", "8", "--prompts_per_step", "12")
+    assert "a multiple of the GPUs, 16 instead of 12" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command("--gpus", "0")
+    assert "--gpus 0" in capsys.readouterr().err
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="llama"):
+        plan.main(plan.Config(model=str(tmp_path)))
+
+
+def test_flags_shared_with_train_have_its_defaults():
+    shared = {name: getattr(plan.Config("x"), name) for name in vars(plan.Config("x")) if hasattr(train.Config, name)}
+    assert {"group_size", "max_tokens", "beta", "total_pixels", "freeze_vision"} <= shared.keys()
+    assert all(getattr(train.Config, name) == value for name, value in shared.items())
