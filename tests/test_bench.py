@@ -68,7 +68,7 @@ def test_fit_and_picture(monkeypatch, tmp_path):
         g, p, c = config.group_size, config.text + config.grids * 9, config.max_tokens
         return {"seconds": {"all": 0.5 + 1e-3 * p + 2e-3 * c + 1e-4 * g * c + 2e-5 * g * p}, "prompt": p}
     monkeypatch.setattr(bench, "step", step)
-    monkeypatch.setattr(bench, "prepare", lambda *_: (None,))
+    monkeypatch.setattr(bench, "set_up", lambda *_: (None,))
     report = bench.sweep(replace(SMALL, output=str(tmp_path / "sweep.png")))
     assert list(report["fit"].values()) == pytest.approx([0.5, 1e-3, 2e-3, 1e-4, 2e-5])
     assert report["residual"] < 1e-6 and (tmp_path / "sweep.png").stat().st_size > 10_000

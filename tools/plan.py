@@ -202,9 +202,9 @@ def report(config: Config) -> str:
     each = sum(sum(of.values()) for of in phases.values()) / 1e12
     lines += ["", f"{each * config.prompts_per_step:.0f} TFLOP a step, "
               + ", ".join(f"{phase} {value:.1f} s" for phase, value in work.items()),
-              f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and weights "
-              f"read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at most 312 and "
-              "1.6 to 2)"]
+              f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
+              f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
+              "most 312 and 1.6 to 2)"]
     return "\n".join(lines)
 
 
