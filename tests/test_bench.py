@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools import bench
+from tools import bench, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)
@@ -14,10 +14,10 @@ SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidd
 def test_the_ways_do_the_same():
     """The same log-probabilities, loss and gradients, and all parts timed."""
     config = replace(SMALL, prompts=2)
-    policy, reference, optimizer = bench.prepare(config, "ours")
+    policy, reference, optimizer = bench.set_up(config, "ours")
     ours = bench.step(config, "ours", policy, reference, optimizer)
     for plain in (policy, reference):
-        bench.as_published(plain.qwen)
+        ways.as_published(plain.qwen)
     theirs = bench.step(config, "repeated", policy, reference, optimizer)
     torch.testing.assert_close(torch.tensor(ours["logp"]), torch.tensor(theirs["logp"]), rtol=1e-5, atol=1e-5)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and ours["loss"] != 0
@@ -29,13 +29,13 @@ def test_the_ways_do_the_same():
 
 def test_the_ways_sample_the_same(monkeypatch):
     """Greedily, so that no random numbers matter."""
-    policy = bench.build(SMALL)
-    prompts = bench.make_prompts(SMALL, policy.qwen.config)
-    ours = bench.grpo.rollout(policy, prompts, 2, 9, [-1])
+    policy = ways.build(SMALL)
+    prompts = ways.make_prompts(SMALL, policy.qwen.config)
+    ours = ways.shared_rollout(policy, prompts, 2, 9, None)
     monkeypatch.setattr(torch, "multinomial", lambda chances, count: chances.argmax(-1, keepdim=True))
-    bench.as_published(policy.qwen)
-    theirs = bench.repeated_rollout(policy, prompts, 2, 9, [-1], None)
-    assert torch.equal(ours.completions, theirs.completions) and len(ours.completions.unique()) > 2
+    ways.as_published(policy.qwen)
+    theirs = ways.repeated_rollout(policy, prompts, 2, 9, None)
+    assert torch.equal(ours, theirs) and ours.shape == (1, 2, 9) and len(ours.unique()) > 2
 
 
 def fake(seconds, **numbers):
@@ -50,7 +50,7 @@ def test_table_and_last_line(monkeypatch, capsys):
     numbers = json.loads(lines[-1])
     assert numbers["ratio_step"] == numbers["ratio_scoring"] == 9 and numbers["ratio_memory"] == 4
     assert numbers["seconds"]["ours"]["step"] == 8 and numbers["seconds"]["ours"]["scoring"] == 3
-    phases = bench.plan.operations(bench.shape(SMALL), 39, (3, 6, 6), 3, 5)
+    phases = plan.operations(ways.shape(SMALL), 39, (3, 6, 6), 3, 5)
     scoring = sum(sum(phases[name].values()) for name in ("reference", "policy"))
     assert numbers["of_floor_scoring"] == pytest.approx(scoring / 1e9 / 3)
     assert any(line.startswith("step ") and " 8.00" in line and " 72.00" in line for line in lines)
@@ -67,7 +67,7 @@ def test_fit_and_picture(monkeypatch, tmp_path):
         g, p, c = config.group_size, config.text + config.grids * 9, config.max_tokens
         return {"seconds": {"all": 0.5 + 1e-3 * p + 2e-3 * c + 1e-4 * g * c + 2e-5 * g * p}, "prompt": p}
     monkeypatch.setattr(bench, "step", step)
-    monkeypatch.setattr(bench, "prepare", lambda *_: (None,))
+    monkeypatch.setattr(bench, "set_up", lambda *_: (None,))
     report = bench.sweep(replace(SMALL, output=str(tmp_path / "sweep.png")))
     assert list(report["fit"].values()) == pytest.approx([0.5, 1e-3, 2e-3, 1e-4, 2e-5])
     assert report["residual"] < 1e-6 and (tmp_path / "sweep.png").stat().st_size > 10_000

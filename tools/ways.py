@@ -1,0 +1,164 @@
+"""A model of any size with random weights, a video and prompts for it, and two ways to sample and score completions.
+
+- ours: grpo.rollout and grpo.logprobs.
+- repeated: `repeated_rollout` and `repeated_logprobs`, in transformers' own code. Prompt and video stand there once for
+  each of the G completions, in sampling (vision tower and prefill too) and in scoring, as TRL's GRPOTrainer does it.
+  Logits are of whole sequences, as in the authors' trainer (TRL 0.17); TRL 1.16 makes those of completions only.
+"""
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import grpo
+import model
+from support import video
+from support.launch import flag
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+@dataclass
+class Sizes:
+    """How large the model, its prompts and completions are."""
+    grids: int = flag(50, "pairs of frames of the video, one a second")
+    side: int = flag(168, "pixels, a multiple of 28, of its square frames; 168 make 36 tokens a grid")
+    text: int = flag(80, "tokens of the prompt beside the video's")
+    prompts: int = flag(1, "B, prompts at once")
+    group_size: int = flag(8, "G, completions a prompt")
+    max_tokens: int = flag(128, "C, tokens of every completion; with --evaluate the most")
+    hidden: int = flag(512, "width of the decoder, a multiple of 128, which is that of a head")
+    layers: int = flag(4, "its depth")
+    vocabulary: int = flag(8192, "number of tokens")
+    vision_hidden: int = flag(256, "width of the vision tower")
+    vision_depth: int = flag(8, "its depth; every fourth block attends to whole frames")
+    model: str = flag("", "folder whose config.json gives the model's shape instead; with --evaluate, the model itself")
+    seed: int = flag(0, "of weights, video, text and completions")
+
+
+def shape(sizes: Sizes) -> Qwen2_5_VLConfig:
+    """The model's configuration: that of `sizes.model`, or Qwen2.5-VL-3B's in the other sizes."""
+    if sizes.model:
+        return Qwen2_5_VLConfig.from_pretrained(sizes.model)
+    ids = {f"{name}_token_id": sizes.vocabulary - i
+           for i, name in enumerate(("vision_start", "vision_end", "image", "video"), 1)}
+    text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
+                intermediate_size=sizes.hidden * 43 // 8, num_attention_heads=sizes.hidden // 128, bos_token_id=None,
+                num_key_value_heads=min(2, sizes.hidden // 128), eos_token_id=None, max_position_embeddings=32768,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(depth=sizes.vision_depth, hidden_size=sizes.vision_hidden, num_heads=4, tokens_per_second=2,
+                  intermediate_size=sizes.vision_hidden * 171 // 64, out_hidden_size=sizes.hidden,
+                  fullatt_block_indexes=list(range(3, sizes.vision_depth, 4)))
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+def build(sizes: Sizes) -> model.Policy:
+    """A policy with random weights of the usual size: with transformers' 0.02, attention in a small model is flat."""
+    torch.manual_seed(sizes.seed)
+    qwen = Qwen2_5_VLForConditionalGeneration(shape(sizes))
+    for module in qwen.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    nn.init.normal_(qwen.get_input_embeddings().weight, std=qwen.config.text_config.hidden_size ** -0.5)
+    return model.Policy(qwen.to(DEVICE, DTYPE), [qwen.config.image_token_id, qwen.config.video_token_id])
+
+
+@contextmanager
+def timed(seconds: dict, name: object) -> Iterator[None]:
+    """Put the seconds that the block takes into seconds[name]."""
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[name] = time.perf_counter() - began
+
+
+def film(sizes: Sizes, path: str) -> None:
+    """Write an mp4 of drifting noise, sizes.grids seconds at 8 frames a second."""
+    noise = np.random.default_rng(sizes.seed).integers(0, 256, (sizes.side // 7, sizes.side // 7, 3), np.uint8)
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = sizes.side, sizes.side, "yuv420p"
+        for i in range(8 * sizes.grids):
+            frame = np.roll(noise, i, axis=1).repeat(7, 0).repeat(7, 1)                     # (side, side, 3)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def make_prompts(sizes: Sizes, qwen: Qwen2_5_VLConfig, seconds: dict | None = None) -> list[model.Prompt]:
+    """B prompts of random text and the video, decoded and cut for each; `seconds` gets how long that took, "data"."""
+    found, generator, rate = [], torch.Generator().manual_seed(sizes.seed), qwen.vision_config.tokens_per_second
+    with tempfile.TemporaryDirectory() as folder:
+        film(sizes, path := f"{folder}/video.mp4")
+        with timed({} if seconds is None else seconds, "data"):
+            for _ in range(sizes.prompts):
+                clip = video.load(path, total_pixels=2 * sizes.grids * sizes.side ** 2)
+                patches, grid = model.cut_patches(clip.frames)
+                text = torch.randint(qwen.text_config.vocab_size // 2, (sizes.text,), generator=generator)
+                pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
+                ids = torch.cat([text[:-5], pads, text[-5:]])                               # (P,)
+                positions = model.place(ids, qwen.video_token_id, grid, 2 / clip.fps, rate)
+                found.append(model.Prompt(ids, positions, patches, grid))
+    return found
+
+
+def as_published(qwen: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Let transformers' own code run where model.Policy put this project's."""
+    qwen.set_attn_implementation("sdpa")
+    del qwen.model.visual.patch_embed.forward
+
+
+def repeat(prompts: list[model.Prompt], times: int) -> dict[str, Tensor]:
+    """Prompts of one length and their videos, each `times` over, as transformers' forward pass takes them."""
+    rows = [prompt for prompt in prompts for _ in range(times)]                             # B * G
+    inputs = dict(input_ids=torch.stack([row.ids for row in rows]), video_grid_thw=torch.stack([r.grid for r in rows]),
+                  position_ids=torch.stack([row.positions for row in rows], dim=1),         # (3, B * G, P)
+                  pixel_values_videos=torch.cat([row.patches for row in rows]).to(DTYPE))
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
+                   generators: list[torch.Generator] | None) -> Tensor:
+    """Completions (B, G, tokens) that nothing stops, this project's way."""
+    return grpo.rollout(policy, prompts, group_size, tokens, [-1], generators).completions
+
+
+@torch.no_grad()
+def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
+                     generators: list[torch.Generator] | None) -> Tensor:
+    """The repeated-prompt way of sampling; it draws from torch's own generator."""
+    inputs, found = repeat(prompts, group_size), []
+    cache, last = DynamicCache(config=policy.qwen.config.text_config), inputs["position_ids"].amax((0, 2))   # (B * G,)
+    for c in range(tokens):
+        logits = policy.qwen(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits[:, policy.forbidden] = -torch.inf                                            # (B * G, V)
+        found.append(torch.multinomial(logits.softmax(-1), 1))                              # (B * G, 1)
+        inputs = dict(input_ids=found[-1], position_ids=(last + 1 + c).expand(3, -1)[..., None])
+    return torch.cat(found, dim=1).view(len(prompts), group_size, tokens)
+
+
+def repeated_logprobs(policy: model.Policy, prompts: list[model.Prompt], completions: Tensor, mask: Tensor) -> Tensor:
+    """The repeated-prompt way of scoring completions (B, G, C), all of one length: logits of whole sequences, then
+    log-softmax and gather a row at a time, as in the authors' trainer."""
+    inputs, tokens = repeat(prompts, completions.shape[1]), completions.shape[2]
+    after = inputs["position_ids"].amax((0, 2))[:, None] + 1 + torch.arange(tokens, device=DEVICE)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], completions.flatten(0, 1).to(DEVICE)], dim=1)
+    inputs["position_ids"] = torch.cat([inputs["position_ids"], after.expand(3, -1, -1)], dim=2)
+    logits = policy.qwen(**inputs, use_cache=False).logits                                  # (B * G, P + C, V)
+    logits[..., policy.forbidden] = -torch.inf
+    scores = [row[:-1].log_softmax(-1).gather(1, ids[1:, None])[-tokens:, 0]
+              for row, ids in zip(logits, inputs["input_ids"])]
+    return torch.stack(scores).view(completions.shape)
+
+
+WAYS: dict[str, tuple[Callable, Callable]] = {"ours": (shared_rollout, grpo.logprobs),
+                                              "repeated": (repeated_rollout, repeated_logprobs)}
