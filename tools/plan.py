@@ -1,6 +1,6 @@
 """What a step costs, on paper: parameters, operations and memory of a model of given shape, without running it.
 
-    python train.py --plan --model DIR --gpus 8 --gpu_memory 40         prints `report`; reads only DIR/config.json
+    python -m tools.plan --model DIR --gpus 8 --gpu_memory 40 --prompts_per_step 8      reads only DIR/config.json
 
 Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt
 once for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory
@@ -8,14 +8,35 @@ is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 comp
 figures for activations and for keys and values are checked against measured ones in test_plan.py, FSDP2's are not.
 """
 import math
+from dataclasses import MISSING, dataclass
 
 from transformers import Qwen2_5_VLConfig
 
 import model
-from support import video
+from support import launch, video
+from support.launch import flag
 
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
+
+
+@dataclass
+class Config:
+    model: str = flag(MISSING, "folder of a Qwen2.5-VL, of which only config.json is read")
+    gpus: int = flag(8, "GPUs of a node; with more nodes, each holds the same")
+    gpu_memory: float = flag(80.0, "GB of each")
+    tflops: float = flag(60.0, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
+    group_size: int = flag(8, "G, and so on: flags of train.py, with its defaults")
+    prompts_per_step: int = flag(4, "prompts in the global batch")
+    prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
+    max_tokens: int = flag(1024, "longest completion; every one is counted as that long")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
+    beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
+    samples: int = flag(12404, "of an epoch; those of Charades-STA")
+    seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
+    text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
 
 
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
@@ -136,50 +157,67 @@ def peak(parts: dict[str, dict[str, float]]) -> float:
     return need.pop("always") + max(need.values())
 
 
-def report(folder: str, gpus: int = 1, gpu_memory: float = 80.0, group_size: int = 8, prompts_per_step: int = 4,
-           prompts_per_pass: int = 0, max_tokens: int = 1024, total_pixels: int = video.TOTAL_PIXELS,
-           beta: float = 0.04, freeze_vision: bool = False, checkpoint_activations: bool = False, tflops: float = 60.0,
-           samples: int = 12404, seconds: float = 30.0, text_tokens: int = 100) -> str:
-    """What it takes to train the model whose config.json is in `folder`, as text: memory a GPU by part (GB of 10^9
-    bytes), the largest group that fits into `gpu_memory`, operations, hours. Videos have `seconds`, as in Charades. `gpus`
-    are those of one node; with more nodes, each holds the same."""
-    model.check_config(folder)
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    frames = video.frame_count(seconds, 10 ** 9)
-    height, width = video.frame_size(360, 480, frames, total_pixels)
+def check_flags(config: Config) -> None:
+    """Raise ValueError, naming the flag, for a value that cannot work."""
+    launch.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
+                         "samples", "seconds")
+    if config.group_size < 2:
+        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
+    model.check_config(config.model)
+
+
+def report(config: Config) -> str:
+    """What it takes to train the model whose config.json is in `config.model`, as text: memory a GPU by part (GB of
+    10^9 bytes), the largest group that fits into it, operations, hours."""
+    gpus, tokens, beta, freeze = config.gpus, config.max_tokens, config.beta, config.freeze_vision
+    qwen = Qwen2_5_VLConfig.from_pretrained(config.model)
+    frames = video.frame_count(config.seconds, 10 ** 9)
+    height, width = video.frame_size(360, 480, frames, config.total_pixels)
     grid = frames // 2, height // model.PATCH, width // model.PATCH
-    prompt = math.prod(grid) // model.MERGE ** 2 + text_tokens
-    mine = math.ceil(prompts_per_step / gpus)
-    at_once = min(prompts_per_pass or mine, mine)
-    room = gpu_memory * 1e9 - LIBRARIES
-    need = lambda size, recompute: memory(config, prompt, grid, size, max_tokens, gpus, at_once, beta > 0,
-                                          freeze_vision, recompute)
+    prompt = math.prod(grid) // model.MERGE ** 2 + config.text_tokens
+    mine = math.ceil(config.prompts_per_step / gpus)
+    at_once = min(config.prompts_per_pass or mine, mine)
+    room = config.gpu_memory * 1e9 - LIBRARIES
+    need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
         return f"{fits[-1]}{' or more' if fits[-1] == 256 else ''}" if fits else "none"
 
-    parts, sizes = need(group_size, checkpoint_activations), parameters(config)
+    parts, sizes = need(config.group_size, config.checkpoint_activations), parameters(qwen)
     total = peak(parts)
-    lines = [f"{folder}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision tower",
-             f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({seconds:g} s of video, {frames} frames "
-             f"of {width} x {height}), G = {group_size}, up to {max_tokens} tokens a completion", "", "GB a GPU"]
-    if prompts_per_step % gpus:
+    lines = [f"{config.model}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision "
+             "tower",
+             f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({config.seconds:g} s of video, {frames} "
+             f"frames of {width} x {height}), G = {config.group_size}, up to {tokens} tokens a completion", "",
+             "GB a GPU"]
+    if config.prompts_per_step % gpus:
         lines.insert(2, f"train.py needs a --prompts_per_step that is a multiple of the GPUs, {mine * gpus} instead of "
-                        f"{prompts_per_step}")
+                        f"{config.prompts_per_step}")
     for phase, of in parts.items():
         lines += [f"  {phase:10} {part:26}{size / 1e9:8.2f}" for part, size in of.items() if size]
     lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}, and {LIBRARIES / 1e9:g} for CUDA",
-              f"{'fits' if total <= room else 'DOES NOT FIT'} into {gpu_memory:g} GB; the largest group that fits: "
-              + f"{largest(checkpoint_activations)}"
-              + ("" if checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
-    phases = operations(config, prompt, grid, group_size, max_tokens, beta > 0, freeze_vision)
-    work = {phase: mine * sum(of.values()) / (tflops * 1e12) for phase, of in phases.items()}               # seconds
-    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * max_tokens * 2 * sizes["total"] / BANDWIDTH)
-    work["policy"] *= 4 / 3 if checkpoint_activations else 1
-    hours = sum(work.values()) * samples / prompts_per_step / 3600
-    lines += ["", f"{sum(sum(of.values()) for of in phases.values()) * prompts_per_step / 1e12:.0f} TFLOP a step, "
+              f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
+              f"fits: {largest(config.checkpoint_activations)}"
+              + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
+    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze)
+    work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
+    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * 2 * sizes["total"] / BANDWIDTH)
+    work["policy"] *= 4 / 3 if config.checkpoint_activations else 1
+    hours = sum(work.values()) * config.samples / config.prompts_per_step / 3600
+    flop = sum(sum(of.values()) for of in phases.values()) * config.prompts_per_step
+    lines += ["", f"{flop / 1e12:.0f} TFLOP a step, "
               + ", ".join(f"{phase} {value:.1f} s" for phase, value in work.items()),
-              f"{hours:.0f} hours an epoch of {samples} samples, at {tflops:g} TFLOP/s a GPU, and weights read once a "
-              f"token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at most 312 and 1.6 to 2)"]
+              f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
+              f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
+              "most 312 and 1.6 to 2)"]
     return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    check_flags(config)
+    print(report(config))
+
+
+if __name__ == "__main__":
+    launch.command_line(Config, main, __doc__)
