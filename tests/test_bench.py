@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import grpo
-from tools import bench, ways
+from tools import bench, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)
@@ -32,11 +31,11 @@ def test_the_ways_sample_the_same(monkeypatch):
     """Greedily, so that no random numbers matter."""
     policy = ways.build(SMALL)
     prompts = ways.make_prompts(SMALL, policy.qwen.config)
-    ours = grpo.rollout(policy, prompts, 2, 9, [-1])
+    ours = ways.shared_rollout(policy, prompts, 2, 9, None)
     monkeypatch.setattr(torch, "multinomial", lambda chances, count: chances.argmax(-1, keepdim=True))
     ways.as_published(policy.qwen)
-    theirs = ways.repeated_rollout(policy, prompts, 2, 9, [-1], None)
-    assert torch.equal(ours.completions, theirs) and len(ours.completions.unique()) > 2
+    theirs = ways.repeated_rollout(policy, prompts, 2, 9, None)
+    assert torch.equal(ours, theirs) and ours.shape == (1, 2, 9) and len(ours.unique()) > 2
 
 
 def fake(seconds, **numbers):
@@ -51,7 +50,7 @@ def test_table_and_last_line(monkeypatch, capsys):
     numbers = json.loads(lines[-1])
     assert numbers["ratio_step"] == numbers["ratio_scoring"] == 9 and numbers["ratio_memory"] == 4
     assert numbers["seconds"]["ours"]["step"] == 8 and numbers["seconds"]["ours"]["scoring"] == 3
-    phases = bench.plan.operations(ways.shape(SMALL), 39, (3, 6, 6), 3, 5)
+    phases = plan.operations(ways.shape(SMALL), 39, (3, 6, 6), 3, 5)
     scoring = sum(sum(phases[name].values()) for name in ("reference", "policy"))
     assert numbers["of_floor_scoring"] == pytest.approx(scoring / 1e9 / 3)
     assert any(line.startswith("step ") and " 8.00" in line and " 72.00" in line for line in lines)

@@ -1,6 +1,6 @@
 """What plan.py counts, against real modules: parameters, operations, and memory as torch's profiler sees it."""
 import json
-import sys
+from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ import train
 from support import launch, sharding
 from tools import plan, ways
 
-SHAPES = {"wide": ways.Shape(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
-                               side=112, group_size=6, max_tokens=30, text=20),
-          "deep": ways.Shape(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4,
-                               side=168, group_size=3, max_tokens=70, text=40, prompts=2)}
+SHAPES = {"wide": ways.Sizes(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
+                             side=112, group_size=6, max_tokens=30, text=20),
+          "deep": ways.Sizes(hidden=128, layers=5, vision_hidden=128, vision_depth=5, vocabulary=9000, grids=4,
+                             side=168, group_size=3, max_tokens=70, text=40, prompts=2)}
 PUBLISHED = {   # as the 3B and 7B folders have it, and as older transformers wrote it: the decoder's fields at the top
     "3B": dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16, num_hidden_layers=36,
                num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
@@ -109,8 +109,8 @@ def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
 def test_memory_of_the_cache_is_as_measured(grids, rows):
     """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
-    config = ways.Shape(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
-                          side=112, text=10)
+    config = ways.Sizes(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
+                        side=112, text=10)
     policy = ways.build(config)
     prompts = ways.make_prompts(config, policy.qwen.config)
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
@@ -132,38 +132,45 @@ def test_shards_and_options(tmp_path):
     assert less["scoring"]["activations"] < one["scoring"]["activations"] / 8
 
 
-def test_report(tmp_path):
+def test_report(tmp_path, capsys):
     """A folder with nothing but config.json; the largest group it names fits and the next does not."""
-    folder = write(tmp_path, "3B")
-    text = plan.report(plan.Config(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256))
+    config = plan.Config(write(tmp_path, "3B"), gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256)
+    plan.main(config)
+    text = capsys.readouterr().out
     assert "3.75 billion weights" in text and "fits into 80 GB" in text and "hours an epoch" in text
+    assert "multiple of the GPUs" not in text
     largest = int(text.split("largest group that fits: ")[1].split(",")[0])
-    again = lambda size: plan.report(plan.Config(folder, gpus=8, gpu_memory=80, prompts_per_step=8, max_tokens=256,
-                                                 group_size=size))
+    again = lambda size: plan.report(replace(config, group_size=size))
     assert "DOES NOT" not in again(largest) and "DOES NOT FIT" in again(largest + 1)
-    assert "group that fits: none" in plan.report(plan.Config(folder, gpus=1, gpu_memory=24))
-    with pytest.raises(ValueError, match="nowhere.*--model"):
-        plan.report(plan.Config(str(tmp_path / "nowhere")))
+    assert "group that fits: none" in plan.report(plan.Config(config.model, gpus=1, gpu_memory=24, max_tokens=256))
+    recomputed = plan.report(replace(config, checkpoint_activations=True))
+    assert int(recomputed.split("largest group that fits: ")[1].split()[0]) > largest
+    assert "16 instead of 12" in plan.report(replace(config, prompts_per_step=12))
 
 
-def test_the_command_needs_no_more_than_a_config(folder, tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
-    command = lambda *words: monkeypatch.setattr(sys, "argv", ["plan.py", "--model", str(tmp_path), *words]) or \
+def test_its_flags_are_train_s():
+    """With the same defaults; the rest is of plan.py alone."""
+    trained = {field.name: field.default for field in fields(train.Config)}
+    mine = {field.name: field.default for field in fields(plan.Config)}
+    assert {name: trained.get(name) for name in mine.keys() & trained.keys()} == \
+        {name: mine[name] for name in mine.keys() & trained.keys()} and mine["model"] is MISSING
+    assert mine.keys() - trained.keys() == {"gpus", "gpu_memory", "tflops", "samples", "seconds", "text_tokens"}
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--gpus 0", "--gpus 0"), ("--gpu_memory nan", "--gpu_memory nan"), ("--tflops 0", "--tflops 0"),
+    ("--group_size 1", "--group_size 1"), ("--prompts_per_step 0", "--prompts_per_step 0"),
+    ("--seconds -1", "--seconds -1"), ("--model nowhere", "nowhere"), ("--gpu 8", "--gpu 8")])
+def test_wrong_flags_end_with_one_line(flags, named, tmp_path, monkeypatch, capsys):
+    """As `python -m tools.plan` parses them, and exit code 2."""
+    monkeypatch.setattr("sys.argv", ["plan.py", "--model", write(tmp_path, "3B"), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
         launch.command_line(plan.Config, plan.main, plan.__doc__)
-    command("--gpus", "1", "--gpu_memory", "40")
-    assert "fits into 40 GB" in capsys.readouterr().out
-    command("--gpus", "8", "--prompts_per_step", "12")
-    assert "a multiple of the GPUs, 16 instead of 12" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        command("--gpus", "0")
-    assert "--gpus 0" in capsys.readouterr().err
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(ValueError, match="llama"):
-        plan.main(plan.Config(model=str(tmp_path)))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and named in lines[0]
 
 
-def test_flags_shared_with_train_have_its_defaults():
-    shared = {name: getattr(plan.Config("x"), name) for name in vars(plan.Config("x")) if hasattr(train.Config, name)}
-    assert {"group_size", "max_tokens", "beta", "total_pixels", "freeze_vision"} <= shared.keys()
-    assert all(getattr(train.Config, name) == value for name, value in shared.items())
+def test_another_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl", "hidden_size": 64}')
+    with pytest.raises(ValueError, match="qwen3_vl.*--model"):
+        plan.main(plan.Config(str(tmp_path)))

@@ -1,17 +1,15 @@
 """What a GRPO step costs: this project's, the repeated-prompt way of peers, and the floor, side by side in one run.
 
-    python -m tools.bench                   the table, and as the last line one json object; 5 minutes on two cores
-    python -m tools.bench --only ours       this project's step alone
-    python -m tools.bench --sweep --output sweep.png    how its step grows with G, P and C, fitted and drawn
-    python -m tools.bench --logits          memory of scoring with Qwen's vocabulary, in chunks and whole
+    python -m tools.bench                       the table, and as the last line one json object; 5 minutes on two cores
+    python -m tools.bench --only ours           this project's step alone
+    python -m tools.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
+    python -m tools.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
     python -m tools.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
 
 The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.
-Nothing stops a completion before max_tokens, so that the work is fixed.
-
-- ours, repeated: the two ways of tools/ways.py.
-- floor: the operations that tools/plan.py counts over the rate of the machine's matrix products, measured in the same
-  run; decoding, bound by memory and overhead, cannot reach it.
+Nothing stops a completion before max_tokens, so that the work is fixed. ways.py has the two ways. The floor is the
+operations that plan.py counts over the rate of the machine's matrix products, measured in the same run; decoding, bound
+by memory and overhead, cannot reach it.
 
 Each way runs in processes of its own, in turns, with the same weights, video and scored completions. Prefill is timed
 as a rollout of one token, decode as the rest of a whole one. Peak memory is the process's; on a GPU, what torch holds.
@@ -22,8 +20,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,14 +36,14 @@ from support import launch, plot
 from support.launch import flag
 from support.loader import Loader
 from tools import plan
-from tools.ways import DEVICE, DTYPE, WAYS, Shape, as_published, build, film, make_prompts, repeat, shape
+from tools.ways import DEVICE, DTYPE, WAYS, Sizes, as_published, build, make_prompts, repeat, shape, timed
 
 PARTS = ("data", "prefill", "decode", "rewards", "reference", "forward", "backward", "optimizer")
 WORDS = "a person opens closes holds the door book then walks and sits on takes red bag puts it down to".split()
 
 
 @dataclass
-class Config(Shape):
+class Config(Sizes):
     repeats: int = flag(1, "runs of each way; medians are given, and the range")
     only: str = flag("", "run only this way: ours or repeated")
     sweep: bool = flag(False, "fit the time of a step against G, P and C instead")
@@ -59,18 +55,7 @@ class Config(Shape):
     inside: str = flag("", "what a process that this script started measures; for its own use")
 
 
-@contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Put the time that the block takes into seconds[name]."""
-    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    yield
-    wait()
-    seconds[name] = time.perf_counter() - began
-
-
-def memory() -> tuple[int, int]:
+def memory_used() -> tuple[int, int]:
     """Bytes in use now, and the most that were in use at once since this process began."""
     if DEVICE == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
@@ -79,27 +64,25 @@ def memory() -> tuple[int, int]:
     return int(now.read_text().split()[1]) * resource.getpagesize() if now.exists() else most, most
 
 
-def step(config: Config, way: str, policy, reference, optimizer) -> dict:
+def step(config: Config, way: str, policy: model.Policy, reference: model.Policy,
+         optimizer: torch.optim.Optimizer) -> dict:
     """One GRPO step in one of the WAYS: seconds by part, memory before it, and by what ways are compared."""
     (rollout, logprobs), seconds = WAYS[way], {}
     generator, qwen = torch.Generator().manual_seed(config.seed), policy.qwen.config
     size = config.prompts, config.group_size, config.max_tokens
     completions = torch.randint(qwen.text_config.vocab_size // 2, size, generator=generator)    # (B, G, C)
-    mask, (before, _) = torch.ones_like(completions), memory()
-    with tempfile.TemporaryDirectory() as folder:
-        film(config, path := f"{folder}/video.mp4")
-        with timed(seconds, "data"):
-            prompts = make_prompts(config, qwen, path)
+    mask, (before, _) = torch.ones_like(completions), memory_used()
+    prompts = make_prompts(config, qwen, seconds)
     for name, tokens in (("prefill", 1), ("decode", config.max_tokens)):
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.prompts)]
         with timed(seconds, name):
-            sampled = rollout(policy, prompts, config.group_size, tokens, [-1], generators)
+            sampled = rollout(policy, prompts, config.group_size, tokens, generators)
     seconds["decode"] -= seconds["prefill"]
     with timed(seconds, "rewards"):
         texts = [" ".join(WORDS[i % len(WORDS)] for i in row) for row in sampled.flatten(0, 1).tolist()]
         sample = data.Sample("0", "video.mp4", "a person opens the door", 0.0, 1.0, None)
-        answers = [f"<think>{text}</think> <answer>{text[-99:]}</answer>" for text in texts]
-        tasks.TASKS["VD"].reward(answers, [sample] * len(answers))
+        tasks.TASKS["VD"].reward([f"<think>{t}</think> <answer>{t[-99:]}</answer>" for t in texts],
+                                 [sample] * len(texts))
         advantage = grpo.advantages(torch.randn(size[:2], generator=generator)).to(DEVICE)  # alike in all ways
     with timed(seconds, "reference"), torch.no_grad():
         ref_logp = logprobs(reference, prompts, completions, mask)
@@ -116,7 +99,7 @@ def step(config: Config, way: str, policy, reference, optimizer) -> dict:
             "logp": logp.flatten().tolist(), "prompt": len(prompts[0].ids), "grid": prompts[0].grid.tolist()}
 
 
-def set_up(config: Config, way: str) -> tuple:
+def set_up(config: Config, way: str) -> tuple[model.Policy, model.Policy, torch.optim.Optimizer]:
     """Policy, reference, and optimizer with its states; everything warmed up by a small step."""
     policy, reference = build(config), build(config).requires_grad_(False)
     for weight in reference.parameters():       # so that there is a KL term
@@ -138,9 +121,9 @@ def measure(config: Config, way: str) -> dict:
         policy = build(config := replace(config, grids=2, hidden=128, layers=1, vision_hidden=64, vision_depth=1,
                                          vocabulary=151936, group_size=8, max_tokens=256, prompts=1, model=""))
         completions = torch.arange(8 * 256).view(1, 8, 256)
-        prompts, found = make_prompts(config, policy.qwen.config), {"before": memory()[0]}
+        prompts, found = make_prompts(config, policy.qwen.config), {"before": memory_used()[0]}
         grpo.logprobs(policy, prompts, completions, torch.ones_like(completions)).sum().backward()
-    most, size, times = memory()[1], (8192 if DEVICE == "cuda" else 3072), {}
+    most, size, times = memory_used()[1], (8192 if DEVICE == "cuda" else 3072), {}
     a, b = torch.randn(2, size, size, device=DEVICE, dtype=DTYPE)
     for i in range(6):      # square matrix products: the best counts
         with timed(times, i):
@@ -176,29 +159,42 @@ def compare(config: Config) -> dict:
     spread = {way: {k: [run["seconds"][k] for run in of] for k in first["seconds"]} for way, of in runs.items()}
     seconds = {way: {name: float(np.median(times)) for name, times in of.items()} for way, of in spread.items()}
     gb = {way: {key: max(run[key] for run in of) / 2 ** 30 for key in ("peak", "before")} for way, of in runs.items()}
-    print(f"{'seconds':10}" + "".join(f"{way:>10}{'range':>16}" for way in runs) + f"{'floor':>10}{'reached':>9}")
-    for name, mine in seconds[next(iter(runs))].items():
-        print(f"{name:10}" + "".join(f"{seconds[way][name]:10.2f}{min(of[name]):9.2f}-{max(of[name]):<6.2f}"
-                                     for way, of in spread.items())
-              + (f"{floor[name]:10.2f}{floor[name] / mine:9.0%}" if name in floor else ""))
-    print(f"{'peak GB':10}" + "".join(f"{of['peak']:10.2f} ({of['before']:.2f} before)" for of in gb.values()))
+    print_table(spread, seconds, gb, floor)
     report = {}
     if len(runs) == 2:
-        ours, theirs = runs["ours"][0], runs["repeated"][0]
         report = {f"ratio_{name}": seconds["repeated"][name] / seconds["ours"][name] for name in ("step", "scoring")}
         report["ratio_memory"] = gb["repeated"]["peak"] / gb["ours"]["peak"]
-        off = report["differences"] = {"logprob": float(np.abs(np.subtract(ours["logp"], theirs["logp"])).max()),
-                                       "loss": abs(ours["loss"] - theirs["loss"]),
-                                       "grad_norm": abs(ours["grad_norm"] / theirs["grad_norm"] - 1)}
-        print("largest differences:", ", ".join(f"{name} {value:.1e}" for name, value in off.items()))
-        if DTYPE == torch.float32 and max(off.values()) > 1e-3:
-            raise ValueError("the two ways score differently, so their times say nothing")
+        report["differences"] = differences(runs["ours"][0], runs["repeated"][0])
     if "ours" in runs:
         report["of_floor"] = floor["step"] / seconds["ours"]["step"]
         report["of_floor_scoring"] = floor["scoring"] / seconds["ours"]["scoring"]
     return {**report, "seconds": seconds, "steps": {way: of["step"] for way, of in spread.items()}, "memory_gb": gb,
             "gflops_matmul": rate / 1e9, "B": config.prompts, "P": first["prompt"], "G": config.group_size,
             "C": config.max_tokens, "grid": first["grid"], "parameters": plan.parameters(shape(config))["total"]}
+
+
+def print_table(spread: dict[str, dict[str, list[float]]], seconds: dict[str, dict[str, float]],
+                gb: dict[str, dict[str, float]], floor: dict[str, float]) -> None:
+    """A line a part: of each way the median of `seconds` and the range of its `spread`; then the floor, and how much of
+    it the first way reaches. The last line is memory."""
+    print(f"{'seconds':10}" + "".join(f"{way:>10}{'range':>16}" for way in spread) + f"{'floor':>10}{'reached':>9}")
+    for name, mine in seconds[next(iter(spread))].items():
+        print(f"{name:10}" + "".join(f"{seconds[way][name]:10.2f}{min(of[name]):9.2f}-{max(of[name]):<6.2f}"
+                                     for way, of in spread.items())
+              + (f"{floor[name]:10.2f}{floor[name] / mine:9.0%}" if name in floor else ""))
+    print(f"{'peak GB':10}" + "".join(f"{of['peak']:10.2f} ({of['before']:.2f} before)" for of in gb.values()))
+
+
+def differences(ours: dict, theirs: dict) -> dict[str, float]:
+    """By how much two steps differ in log-probabilities, loss and, relatively, gradient norm; printed, too.
+
+    Raises ValueError when that is more than rounding in fp32."""
+    off = {"logprob": float(np.abs(np.subtract(ours["logp"], theirs["logp"])).max()),
+           "loss": abs(ours["loss"] - theirs["loss"]), "grad_norm": abs(ours["grad_norm"] / theirs["grad_norm"] - 1)}
+    print("largest differences:", ", ".join(f"{name} {value:.1e}" for name, value in off.items()))
+    if DTYPE == torch.float32 and max(off.values()) > 1e-3:
+        raise ValueError("the two ways score differently, so their times say nothing")
+    return off
 
 
 def sweep(config: Config) -> dict:
@@ -238,8 +234,9 @@ def measure_evaluation(config: Config) -> dict:
     samples, _ = data.read(config.annotations, config.videos)
     seconds, answers = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        options = evaluate.Config(config.annotations, config.model, config.videos, f"{folder}/test", tasks=["TVG"],
-                                  max_tokens=config.max_tokens, cache=f"{folder}/frames")
+        options = evaluate.Config(
+            annotations=config.annotations, model=config.model, videos=config.videos, output=f"{folder}/test",
+            tasks=["TVG"], max_tokens=config.max_tokens, cache=f"{folder}/frames")
         load = Loader(options.video_limit, options.cache, total_pixels=options.total_pixels)
         for sample in samples:
             load(sample.video, sample.video_start, sample.video_end)

@@ -1,12 +1,11 @@
 """What a step costs, on paper: parameters, operations and memory of a model of given shape, without running it.
 
-    python -m tools.plan --model DIR --gpus 8 --gpu_memory 40       prints `report`; reads only DIR/config.json
+    python -m tools.plan --model DIR --gpus 8 --gpu_memory 40 --prompts_per_step 8      reads only DIR/config.json
 
 Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt
 once for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory
-is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs of a node;
-with more nodes, each holds the same. The figures for activations and for keys and values are checked against measured
-ones in tests/test_plan.py, FSDP2's are not.
+is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs. The
+figures for activations and for keys and values are checked against measured ones in test_plan.py, FSDP2's are not.
 """
 import math
 from dataclasses import MISSING, dataclass
@@ -23,21 +22,21 @@ BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to
 
 @dataclass
 class Config:
-    model: str = flag(MISSING, "folder with the config.json of a Qwen2.5-VL; its weights are not needed")
-    gpus: int = flag(8, "GPUs of a node; each node holds the same")
+    model: str = flag(MISSING, "folder of a Qwen2.5-VL, of which only config.json is read")
+    gpus: int = flag(8, "GPUs of a node; with more nodes, each holds the same")
     gpu_memory: float = flag(80.0, "GB of each")
     tflops: float = flag(60.0, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
-    group_size: int = flag(8, "as in train.py")
-    prompts_per_step: int = flag(4, "as in train.py")
-    prompts_per_pass: int = flag(0, "as in train.py")
-    max_tokens: int = flag(1024, "as in train.py, and every completion is that long")
-    total_pixels: int = flag(video.TOTAL_PIXELS, "as in train.py")
-    beta: float = flag(0.04, "as in train.py; 0 needs no reference model")
-    freeze_vision: bool = flag(False, "as in train.py")
-    checkpoint_activations: bool = flag(False, "as in train.py")
-    seconds: float = flag(30.0, "length of a video; those of Charades have 30 on average")
-    text_tokens: int = flag(100, "tokens of a prompt beside its video's")
-    samples: int = flag(12404, "samples an epoch; those of Charades-STA")
+    group_size: int = flag(8, "G, and so on: flags of train.py, with its defaults")
+    prompts_per_step: int = flag(4, "prompts in the global batch")
+    prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
+    max_tokens: int = flag(1024, "longest completion; every one is counted as that long")
+    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
+    beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
+    samples: int = flag(12404, "of an epoch; those of Charades-STA")
+    seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
+    text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
 
 
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
@@ -158,11 +157,20 @@ def peak(parts: dict[str, dict[str, float]]) -> float:
     return need.pop("always") + max(need.values())
 
 
-def report(config: Config) -> str:
-    """What it takes to train, as text: memory a GPU by part (GB of 10^9 bytes), the largest group that fits,
-    operations, hours. Raises ModelError when there is no usable config.json."""
+def check_flags(config: Config) -> None:
+    """Raise ValueError, naming the flag, for a value that cannot work."""
+    launch.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
+                         "samples", "seconds")
+    if config.group_size < 2:
+        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     model.check_config(config.model)
-    qwen, gpus, group_size = Qwen2_5_VLConfig.from_pretrained(config.model), config.gpus, config.group_size
+
+
+def report(config: Config) -> str:
+    """What it takes to train the model whose config.json is in `config.model`, as text: memory a GPU by part (GB of
+    10^9 bytes), the largest group that fits into it, operations, hours."""
+    gpus, tokens, beta, freeze = config.gpus, config.max_tokens, config.beta, config.freeze_vision
+    qwen = Qwen2_5_VLConfig.from_pretrained(config.model)
     frames = video.frame_count(config.seconds, 10 ** 9)
     height, width = video.frame_size(360, 480, frames, config.total_pixels)
     grid = frames // 2, height // model.PATCH, width // model.PATCH
@@ -170,20 +178,19 @@ def report(config: Config) -> str:
     mine = math.ceil(config.prompts_per_step / gpus)
     at_once = min(config.prompts_per_pass or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
-    need = lambda size, recompute: memory(qwen, prompt, grid, size, config.max_tokens, gpus, at_once, config.beta > 0,
-                                          config.freeze_vision, recompute)
+    need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
         return f"{fits[-1]}{' or more' if fits[-1] == 256 else ''}" if fits else "none"
 
-    parts, sizes = need(group_size, config.checkpoint_activations), parameters(qwen)
+    parts, sizes = need(config.group_size, config.checkpoint_activations), parameters(qwen)
     total = peak(parts)
-    lines = [f"{config.model}: {sizes['total'] / 1e9:.2f} billion weights, "
-             f"{sizes['vision'] / 1e9:.2f} in the vision tower",
+    lines = [f"{config.model}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision "
+             "tower",
              f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({config.seconds:g} s of video, {frames} "
-             f"frames of {width} x {height}), G = {group_size}, up to {config.max_tokens} tokens a completion",
-             "", "GB a GPU"]
+             f"frames of {width} x {height}), G = {config.group_size}, up to {tokens} tokens a completion", "",
+             "GB a GPU"]
     if config.prompts_per_step % gpus:
         lines.insert(2, f"train.py needs a --prompts_per_step that is a multiple of the GPUs, {mine * gpus} instead of "
                         f"{config.prompts_per_step}")
@@ -193,14 +200,13 @@ def report(config: Config) -> str:
               f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
               f"fits: {largest(config.checkpoint_activations)}"
               + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
-    phases = operations(qwen, prompt, grid, group_size, config.max_tokens, config.beta > 0, config.freeze_vision)
-    work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}   # seconds
-    reading = math.ceil(mine / at_once) * config.max_tokens * 2 * sizes["total"] / BANDWIDTH
-    work["decode"] = max(work["decode"], reading)
+    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze)
+    work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
+    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * 2 * sizes["total"] / BANDWIDTH)
     work["policy"] *= 4 / 3 if config.checkpoint_activations else 1
     hours = sum(work.values()) * config.samples / config.prompts_per_step / 3600
-    each = sum(sum(of.values()) for of in phases.values()) / 1e12
-    lines += ["", f"{each * config.prompts_per_step:.0f} TFLOP a step, "
+    flop = sum(sum(of.values()) for of in phases.values()) * config.prompts_per_step
+    lines += ["", f"{flop / 1e12:.0f} TFLOP a step, "
               + ", ".join(f"{phase} {value:.1f} s" for phase, value in work.items()),
               f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
               f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
@@ -209,8 +215,7 @@ def report(config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    launch.check_numbers(config, "group_size", "prompts_per_step", "max_tokens", "total_pixels", "gpus", "gpu_memory",
-                         "tflops", "samples", "seconds")
+    check_flags(config)
     print(report(config))
 
 

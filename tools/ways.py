@@ -1,16 +1,20 @@
-"""What bench.py and its tests measure: models with random weights, made-up prompts, and two ways of a GRPO step.
+"""A model of any size with random weights, a video and prompts for it, and two ways to sample and score completions.
 
-"ours" is grpo.rollout and grpo.logprobs. "repeated" is how trainers built on TRL's GRPOTrainer do it: prompt and video
-G times in sampling (vision tower and prefill too) and in scoring, logits of whole sequences, transformers' own forward
-pass.
+- ours: grpo.rollout and grpo.logprobs.
+- repeated: `repeated_rollout` and `repeated_logprobs`, in transformers' own code. Prompt and video stand there once for
+  each of the G completions, in sampling (vision tower and prefill too) and in scoring, as TRL's GRPOTrainer does it.
+  Logits are of whole sequences, as in the authors' trainer (TRL 0.17); TRL 1.16 makes those of completions only.
 """
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import av
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
@@ -23,8 +27,8 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 @dataclass
-class Shape:
-    """What is measured: a model with random weights, and the prompts and completions it gets."""
+class Sizes:
+    """How large the model, its prompts and completions are."""
     grids: int = flag(50, "pairs of frames of the video, one a second")
     side: int = flag(168, "pixels, a multiple of 28, of its square frames; 168 make 36 tokens a grid")
     text: int = flag(80, "tokens of the prompt beside the video's")
@@ -40,26 +44,26 @@ class Shape:
     seed: int = flag(0, "of weights, video, text and completions")
 
 
-def shape(config: Shape) -> Qwen2_5_VLConfig:
-    """The model's configuration: that of --model, or Qwen2.5-VL-3B's with the sizes that the flags give."""
-    if config.model:
-        return Qwen2_5_VLConfig.from_pretrained(config.model)
-    ids = {f"{name}_token_id": config.vocabulary - i
+def shape(sizes: Sizes) -> Qwen2_5_VLConfig:
+    """The model's configuration: that of `sizes.model`, or Qwen2.5-VL-3B's in the other sizes."""
+    if sizes.model:
+        return Qwen2_5_VLConfig.from_pretrained(sizes.model)
+    ids = {f"{name}_token_id": sizes.vocabulary - i
            for i, name in enumerate(("vision_start", "vision_end", "image", "video"), 1)}
-    text = dict(vocab_size=config.vocabulary, hidden_size=config.hidden, num_hidden_layers=config.layers,
-                intermediate_size=config.hidden * 43 // 8, num_attention_heads=config.hidden // 128, bos_token_id=None,
-                num_key_value_heads=min(2, config.hidden // 128), eos_token_id=None, max_position_embeddings=32768,
+    text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
+                intermediate_size=sizes.hidden * 43 // 8, num_attention_heads=sizes.hidden // 128, bos_token_id=None,
+                num_key_value_heads=min(2, sizes.hidden // 128), eos_token_id=None, max_position_embeddings=32768,
                 rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-    vision = dict(depth=config.vision_depth, hidden_size=config.vision_hidden, num_heads=4, tokens_per_second=2,
-                  intermediate_size=config.vision_hidden * 171 // 64, out_hidden_size=config.hidden,
-                  fullatt_block_indexes=list(range(3, config.vision_depth, 4)))
+    vision = dict(depth=sizes.vision_depth, hidden_size=sizes.vision_hidden, num_heads=4, tokens_per_second=2,
+                  intermediate_size=sizes.vision_hidden * 171 // 64, out_hidden_size=sizes.hidden,
+                  fullatt_block_indexes=list(range(3, sizes.vision_depth, 4)))
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
-def build(config: Shape) -> model.Policy:
+def build(sizes: Sizes) -> model.Policy:
     """A policy with random weights of the usual size: with transformers' 0.02, attention in a small model is flat."""
-    torch.manual_seed(config.seed)
-    qwen = Qwen2_5_VLForConditionalGeneration(shape(config))
+    torch.manual_seed(sizes.seed)
+    qwen = Qwen2_5_VLForConditionalGeneration(shape(sizes))
     for module in qwen.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -67,32 +71,43 @@ def build(config: Shape) -> model.Policy:
     return model.Policy(qwen.to(DEVICE, DTYPE), [qwen.config.image_token_id, qwen.config.video_token_id])
 
 
-def film(config: Shape, path: str) -> None:
-    """Write an mp4 of drifting noise, config.grids seconds at 8 frames a second."""
-    noise = np.random.default_rng(config.seed).integers(0, 256, (config.side // 7, config.side // 7, 3), np.uint8)
+@contextmanager
+def timed(seconds: dict, name: object) -> Iterator[None]:
+    """Put the seconds that the block takes into seconds[name]."""
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    yield
+    wait()
+    seconds[name] = time.perf_counter() - began
+
+
+def film(sizes: Sizes, path: str) -> None:
+    """Write an mp4 of drifting noise, sizes.grids seconds at 8 frames a second."""
+    noise = np.random.default_rng(sizes.seed).integers(0, 256, (sizes.side // 7, sizes.side // 7, 3), np.uint8)
     with av.open(path, "w") as file:
         stream = file.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = config.side, config.side, "yuv420p"
-        for i in range(8 * config.grids):
+        stream.width, stream.height, stream.pix_fmt = sizes.side, sizes.side, "yuv420p"
+        for i in range(8 * sizes.grids):
             frame = np.roll(noise, i, axis=1).repeat(7, 0).repeat(7, 1)                     # (side, side, 3)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
 
 
-def make_prompts(config: Shape, qwen: Qwen2_5_VLConfig, path: str | None = None) -> list[model.Prompt]:
-    """B prompts of random text and the video at `path`, or one made for it, decoded and cut for each."""
-    if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            film(config, path := f"{folder}/video.mp4")
-            return make_prompts(config, qwen, path)
-    found, generator, rate = [], torch.Generator().manual_seed(config.seed), qwen.vision_config.tokens_per_second
-    for _ in range(config.prompts):
-        clip = video.load(path, total_pixels=2 * config.grids * config.side ** 2)
-        patches, grid = model.cut_patches(clip.frames)
-        text = torch.randint(qwen.text_config.vocab_size // 2, (config.text,), generator=generator)
-        pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
-        ids = torch.cat([text[:-5], pads, text[-5:]])                                       # (P,)
-        found.append(model.Prompt(ids, model.place(ids, pads[0].item(), grid, 2 / clip.fps, rate), patches, grid))
+def make_prompts(sizes: Sizes, qwen: Qwen2_5_VLConfig, seconds: dict | None = None) -> list[model.Prompt]:
+    """B prompts of random text and the video, decoded and cut for each; `seconds` gets how long that took, "data"."""
+    found, generator, rate = [], torch.Generator().manual_seed(sizes.seed), qwen.vision_config.tokens_per_second
+    with tempfile.TemporaryDirectory() as folder:
+        film(sizes, path := f"{folder}/video.mp4")
+        with timed({} if seconds is None else seconds, "data"):
+            for _ in range(sizes.prompts):
+                clip = video.load(path, total_pixels=2 * sizes.grids * sizes.side ** 2)
+                patches, grid = model.cut_patches(clip.frames)
+                text = torch.randint(qwen.text_config.vocab_size // 2, (sizes.text,), generator=generator)
+                pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
+                ids = torch.cat([text[:-5], pads, text[-5:]])                               # (P,)
+                positions = model.place(ids, qwen.video_token_id, grid, 2 / clip.fps, rate)
+                found.append(model.Prompt(ids, positions, patches, grid))
     return found
 
 
@@ -102,7 +117,7 @@ def as_published(qwen: Qwen2_5_VLForConditionalGeneration) -> None:
     del qwen.model.visual.patch_embed.forward
 
 
-def repeat(prompts: list[model.Prompt], times: int) -> dict[str, torch.Tensor]:
+def repeat(prompts: list[model.Prompt], times: int) -> dict[str, Tensor]:
     """Prompts of one length and their videos, each `times` over, as transformers' forward pass takes them."""
     rows = [prompt for prompt in prompts for _ in range(times)]                             # B * G
     inputs = dict(input_ids=torch.stack([row.ids for row in rows]), video_grid_thw=torch.stack([r.grid for r in rows]),
@@ -111,25 +126,27 @@ def repeat(prompts: list[model.Prompt], times: int) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
 
 
-def shared_rollout(policy, prompts, group_size, max_tokens, stop_ids, generators) -> torch.Tensor:
-    """Completions (B, G, C), this project's way."""
-    return grpo.rollout(policy, prompts, group_size, max_tokens, stop_ids, generators).completions
+def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
+                   generators: list[torch.Generator] | None) -> Tensor:
+    """Completions (B, G, tokens) that nothing stops, this project's way."""
+    return grpo.rollout(policy, prompts, group_size, tokens, [-1], generators).completions
 
 
 @torch.no_grad()
-def repeated_rollout(policy, prompts, group_size, max_tokens, stop_ids, generators) -> torch.Tensor:
-    """Completions (B, G, C), the repeated-prompt way; nothing stops it."""
-    inputs, tokens = repeat(prompts, group_size), []
+def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
+                     generators: list[torch.Generator] | None) -> Tensor:
+    """The repeated-prompt way of sampling; it draws from torch's own generator."""
+    inputs, found = repeat(prompts, group_size), []
     cache, last = DynamicCache(config=policy.qwen.config.text_config), inputs["position_ids"].amax((0, 2))   # (B * G,)
-    for c in range(max_tokens):
+    for c in range(tokens):
         logits = policy.qwen(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         logits[:, policy.forbidden] = -torch.inf                                            # (B * G, V)
-        tokens.append(torch.multinomial(logits.softmax(-1), 1))                             # (B * G, 1)
-        inputs = dict(input_ids=tokens[-1], position_ids=(last + 1 + c).expand(3, -1)[..., None])
-    return torch.cat(tokens, dim=1).view(len(prompts), group_size, max_tokens)
+        found.append(torch.multinomial(logits.softmax(-1), 1))                              # (B * G, 1)
+        inputs = dict(input_ids=found[-1], position_ids=(last + 1 + c).expand(3, -1)[..., None])
+    return torch.cat(found, dim=1).view(len(prompts), group_size, tokens)
 
 
-def repeated_logprobs(policy, prompts, completions, mask) -> torch.Tensor:
+def repeated_logprobs(policy: model.Policy, prompts: list[model.Prompt], completions: Tensor, mask: Tensor) -> Tensor:
     """The repeated-prompt way of scoring completions (B, G, C), all of one length: logits of whole sequences, then
     log-softmax and gather a row at a time, as in the authors' trainer."""
     inputs, tokens = repeat(prompts, completions.shape[1]), completions.shape[2]
@@ -143,4 +160,5 @@ def repeated_logprobs(policy, prompts, completions, mask) -> torch.Tensor:
     return torch.stack(scores).view(completions.shape)
 
 
-WAYS = {"ours": (shared_rollout, grpo.logprobs), "repeated": (repeated_rollout, repeated_logprobs)}
+WAYS: dict[str, tuple[Callable, Callable]] = {"ours": (shared_rollout, grpo.logprobs),
+                                              "repeated": (repeated_rollout, repeated_logprobs)}
