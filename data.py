@@ -18,9 +18,9 @@ Five formats are read, told apart by what is in the file, never by its name:
 
 The last two may use a part of the file only, from video_start to video_end (TVGBench: start, end), and the segment then
 counts from the beginning of that part, not of the file: in all 665 such records of the published TimeRFT `duration` is
-video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them have the part in
-the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under that name; the linter
-calls a file that is too short for its part undecodable.
+video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them have the part
+in the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under that name; the
+linter calls a file that is too short for its part undecodable.
 
 A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
 its reason, never silently dropped. A video is looked for in its folder and the subfolders: by id with any usual
@@ -37,16 +37,12 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from tqdm import tqdm
-
-from support.video import Loader, VideoError
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
 OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
@@ -167,12 +163,12 @@ def load_json(text: str):
 
 def charades(place: str, number: int, line: str) -> list[Sample | Rejected]:
     video, start, end, sentence = LINE.fullmatch(line).groups()
-    return [make(place, f"{video}:{number}", video, sentence, [float(start), float(end)], None)]
+    return [make_sample(place, f"{video}:{number}", video, sentence, [float(start), float(end)], None)]
 
 
 def activitynet(place: str, video: str, item: dict) -> list[Sample | Rejected]:
     duration, pairs = seconds(item["duration"]), zip(item["timestamps"], item["sentences"], strict=True)
-    return [make(f"{place}[{k}]", f"{video}:{k}", video, sentence, segment, duration)
+    return [make_sample(f"{place}[{k}]", f"{video}:{k}", video, sentence, segment, duration)
             for k, (segment, sentence) in enumerate(pairs)]
 
 
@@ -180,18 +176,18 @@ def qvhighlights(place: str, _, item: dict) -> list[Sample | Rejected]:
     qid, query, vid, duration = item["qid"], item["query"], item["vid"], seconds(item["duration"])
     if type(qid) not in (str, int):     # a bool is an int, too
         raise TypeError
-    return [make(place, f"{qid}:{k}", vid, query, window, duration)
+    return [make_sample(place, f"{qid}:{k}", vid, query, window, duration)
             for k, window in enumerate(item.get("relevant_windows") or [])]
 
 
 def timerft(place: str, index: int, item: dict) -> list[Sample | Rejected]:
-    return [make(place, f"{bare(item['video'])}:{index}", item["video"], item["sentence"], item["timestamp"],
+    return [make_sample(place, f"{bare(item['video'])}:{index}", item["video"], item["sentence"], item["timestamp"],
                  seconds(item["duration"]), item.get("video_start"), item.get("video_end"))]
 
 
 def tvgbench(place: str, index: int, item: dict) -> list[Sample | Rejected]:
     segment = [float(second) for second in ANSWER.fullmatch(item["answer"]).groups()]
-    return [make(place, f"{bare(item['path'])}:{index}", item["path"], item["question"], segment,
+    return [make_sample(place, f"{bare(item['path'])}:{index}", item["path"], item["question"], segment,
                  seconds(item["duration"]), item.get("start"), item.get("end"))]
 
 
@@ -206,7 +202,8 @@ FORMATS = {     # name: (what reads an entry, which raises or rejects what has n
 KNOWN = f"a file of one of the formats {', '.join(FORMATS)}"
 
 
-def make(place: str, id: str, video, query, segment, duration, video_start=None, video_end=None) -> Sample | Rejected:
+def make_sample(place: str, id: str, video, query, segment, duration, video_start=None,
+                video_end=None) -> Sample | Rejected:
     """A Sample of values that may be of any type, or why they are none."""
     try:
         id, name, query = text(id), text(video), " ".join(text(query).split())
@@ -217,8 +214,8 @@ def make(place: str, id: str, video, query, segment, duration, video_start=None,
         if not PurePosixPath(name).name or (video_start or 0) < 0 or (duration is not None and duration <= 0):
             raise ValueError
     except (AttributeError, TypeError, ValueError):
-        return Rejected(place, "malformed", "expected texts as video and sentence, and finite numbers of seconds, from 0 "
-                        "on, as start and end of the segment, duration, and part of the video")
+        return Rejected(place, "malformed", "expected texts as video and sentence, and finite numbers of seconds, from "
+                        "0 on, as start and end of the segment, duration, and part of the video")
     detail = f"from {start:g} to {end:g} s" + (f" of {duration:g} s" if duration else "")
     over = round(end - duration, 6) if duration else 0.0     # 105.1 - 100.1 is not quite 5
     if not query:
@@ -264,7 +261,8 @@ def finder(folder: str, allow_outside: bool = False) -> Callable[[str], str]:
     try:
         os.scandir(folder).close()      # os.walk says nothing when it cannot list
     except OSError as error:
-        raise AnnotationError(f"{folder}: cannot be listed ({error}); give --videos the folder of the videos") from error
+        raise AnnotationError(f"{folder}: cannot be listed ({error}); give --videos the folder of the videos") \
+            from error
     for root, folders, names in os.walk(folder, followlinks=True):      # large data sets are often linked together
         if os.path.realpath(root) in seen:      # in a circle
             names, folders[:] = [], []
@@ -274,7 +272,8 @@ def finder(folder: str, allow_outside: bool = False) -> Callable[[str], str]:
         found += [os.path.normpath(f"{below}/{name}") for name in names
                   if stem(name) != name and not name.startswith(".")]
     if not found:
-        raise AnnotationError(f"{folder}: no video files ({', '.join(EXTENSIONS)}); give --videos the folder of the videos")
+        raise AnnotationError(f"{folder}: no video files ({', '.join(EXTENSIONS)}); give --videos the folder of the "
+                              "videos")
     files = {}
     for path in sorted(found, key=lambda p: (p.count("/"), EXTENSIONS.index(os.path.splitext(p)[1].lower()), p)):
         for key in (path, stem(path), os.path.basename(path), bare(path)):
@@ -292,54 +291,12 @@ def finder(folder: str, allow_outside: bool = False) -> Callable[[str], str]:
     return find
 
 
-def pick(samples: list, index: int, seed: int, make):
-    """(sample, make(sample)) for the sample at `index` of an endless stream: a new order every epoch, the same for
-    any number of processes. Where make raises VideoError, a substitute drawn from (seed, index, attempt) takes its
-    place and the error is returned too.
-
-    Returns (sample, made, errors). Raises the last VideoError when a hundred samples in a row have no readable video.
-    """
-    epoch, position = divmod(index, len(samples))
-    place, errors = np.random.default_rng([seed, epoch]).permutation(len(samples))[position], []
-    for attempt in range(1, 101):
-        try:
-            return samples[place], make(samples[place]), errors
-        except VideoError as error:
-            errors.append(error)
-            place = np.random.default_rng([seed, index, attempt]).integers(len(samples))
-    raise errors[-1]
-
-
-def pick_all(samples: list, indices: Iterable[int], seed: int, make, threads: int) -> list[tuple]:
-    """What `pick` returns for each of `indices`, in their order; it does not depend on the number of threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda index: pick(samples, index, seed, make), indices))
-
-
-@contextmanager
-def prefetched(make: Callable, steps: Iterable[int], load: Loader):
-    """An iterator over (step, make(step)), which makes the next one in a thread while this one is used. At the end of
-    the block, however it ends, nothing is waited for: `load` is stopped, on which `make` fails."""
-    def ahead():
-        upcoming = [background.submit(make, step) for step in steps[:1]]
-        for number, step in enumerate(steps, 1):
-            made = upcoming.pop().result()
-            upcoming = [background.submit(make, after) for after in steps[number:number + 1]]
-            yield step, made
-
-    with ThreadPoolExecutor(1) as background:
-        try:
-            yield ahead()
-        finally:
-            load.stop()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the counts of an annotation file as one json object, and in words what is wrong with it; returns the exit
     code: 2 when no sample is left."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("file", help=KNOWN)
-    parser.add_argument("--videos", help="folder of the video files: look each one up and decode it, which takes a while")
+    parser.add_argument("--videos", help="folder of the video files: look each one up and decode it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     parser.add_argument("--allow_outside", action="store_true", help="accept annotated paths that leave that folder")
     args = parser.parse_args(argv)
@@ -353,8 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     import rewards  # here only: whoever reads samples needs no tagger
     name, sentences, _ = parse(args.file)
     report = {"format": name, "records": sentences, "samples": len(samples),
-              "rejected": Counter(item.reason for item in rejected), "clipped": sum(sample.clipped for sample in samples),
-              "without_verb": sum(not verbs for verbs in rewards.verbs_of([sample.query for sample in samples]))}
+              "rejected": Counter(item.reason for item in rejected),
+              "clipped": sum(sample.clipped for sample in samples),
+              "without_verb": sum(not verbs for verbs in rewards.verbs([sample.query for sample in samples]))}
     notes = [f"{args.file}: {name}, {sentences} records, {len(samples)} samples",
              f"{report['clipped']} clipped to the end of their video",
              f"{report['without_verb']} without a verb, so for TVG only"]
@@ -370,7 +328,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """path -> what is wrong: the videos that are missing, and those that cannot be decoded or do not hold their part."""
+    """path -> what is wrong: the videos that are missing, those that cannot be decoded or do not hold their part."""
+    from support.loader import Loader  # here only: whoever reads samples needs neither decord nor torch
+    from support.video import VideoError
     missing, undecodable, load = {}, {}, Loader(workers=workers)
 
     def wrong(video: tuple) -> str | None:

@@ -5,15 +5,16 @@
     python evaluate.py ... --blind                  with every frame grey: what the queries alone give away
     python evaluate.py --predictions FILE --annotations test.txt        scores answers, whoever gave them; no model
 
-R1@m is the share of queries whose answer has IoU >= m (R1>m: IoU > m, as Time-R1 counts), mIoU the mean IoU. An answer that
-cannot be parsed and a video that cannot be read count with IoU 0, and are counted. "..._95" is a 95 % interval. Of a query
-with several windows (QVHighlights) each is a sample; best_window_... has one value a query, that of its best window.
-VC, AR and VD are judged by the rewards of training (Eq. 5-7).
+R1@m is the share of queries whose answer has IoU >= m (R1>m: IoU > m, as Time-R1 counts), mIoU the mean IoU. An answer
+that cannot be parsed and a video that cannot be read count with IoU 0, and are counted. "..._95" is a 95 % interval. Of
+a query with several windows (QVHighlights) each is a sample; best_window_... has one value a query, that of its best
+window. VC, AR and VD are judged by the rewards of training (Eq. 5-7).
 
-Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to --output.
-Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again, on any number of
-processes, goes on from there. Of a finished evaluation it only computes the scores again: delete the folder to repeat it.
-Another config is refused; answers of a model or an annotation file that has changed since are thrown away.
+Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to
+--output. Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again,
+on any number of processes, goes on from there. Of a finished evaluation it only computes the scores again: delete the
+folder to repeat it. Another config is refused; answers of a model or an annotation file that has changed since are
+thrown away.
 
 A line of a --predictions file tells the query and the answer, or an "error" (failed, IoU 0); predictions.jsonl is one:
     {"id": "AO8RW:1", "start": 0.4, "end": 6.5}     an id as data.py gives it, or "qid": 9769 of QVHighlights
@@ -22,10 +23,10 @@ A line of a --predictions file tells the query and the answer, or an "error" (fa
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -38,8 +39,10 @@ import grpo
 import model
 import rewards
 import tasks
-from support import launch, video
+from support import checkpoint, launch, scores, stream
 from support.launch import flag
+from support.loader import Loader
+from support.video import TOTAL_PIXELS, Clip, VideoError
 
 
 @dataclass
@@ -55,7 +58,7 @@ class Config:
     temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     max_tokens: int = flag(1024, "longest completion")
-    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
@@ -66,54 +69,48 @@ class Config:
 
 def main(config: Config) -> dict[str, float | list[float]]:
     """Evaluate and return the scores, which are also in scores.json."""
-    check(config)
+    check_flags(config)
     samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
-    scores = score_predictions(config.predictions, samples) if config.predictions else summarise(predict(config, samples))
-    scores["rejected"] = len(rejected)
+    if config.predictions:
+        found = score_predictions(config.predictions, samples)
+    else:
+        found = summarise(predict(config, samples))
+    found["rejected"] = len(rejected)
     if config.output and os.environ.get("RANK", "0") == "0":
         launch.write_config(config, config.output)
-        launch.write_whole(Path(config.output) / "scores.json", json.dumps(scores, indent=2) + "\n")
-    return scores
+        launch.write_whole(Path(config.output) / "scores.json", json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
-    """The prediction rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
+    """The rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
     rank, world, device = launch.start_process()
-    output, work, chosen = Path(config.output), [], []      # work: (task, [(number of the sample, sample)]), a batch each
+    output, work, chosen = Path(config.output), [], []
     for task in map(tasks.TASKS.get, config.tasks):
-        pool = list(enumerate(tasks.with_verb(samples) if task.segment else samples))
-        pool = pool[:config.steps * config.batch_size or None]
+        pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * config.batch_size or None]
         chosen += [(task.name, sample.id) for _, sample in pool]
         pool = by_length(pool, task)
-        work += [(task, pool[i:i + config.batch_size]) for i in range(0, len(pool), config.batch_size)]
+        work += [Batch(task, *zip(*pool[i:i + config.batch_size])) for i in range(0, len(pool), config.batch_size)]
     key = lambda row: (row["task"], row["id"])
-    done = launch.gather([answered(config)] if rank == 0 else [])[0]        # the first process reads for all
+    done = launch.gather([earlier_rows(config)] if rank == 0 else [])[0]    # the first process reads for all
     rows, new = {key(row): row for row in done}, []
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
-    todo = [(task, batch) for task, batch in work if any((task.name, sample.id) not in rows for _, sample in batch)]
+    todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
-        load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
-                            total_pixels=config.total_pixels)
-
-        def prepare(task: tasks.Task, batch: list) -> list[model.Prompt | video.VideoError]:
-            videos = [list(of_one) for _, of_one in groupby(batch, lambda item: item[1].video)]
-            with ThreadPoolExecutor(config.workers) as threads:     # videos side by side, the queries of each in turn
-                return sum(threads.map(lambda of_one: attempt(config, of_one, task, encoder, load), videos), [])
-
+        load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
+                      total_pixels=config.total_pixels)
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
-            launch.write_whole(output / "inputs.json", json.dumps(inputs(config)) + "\n")
+            launch.write_whole(output / "inputs.json", json.dumps(input_files(config)) + "\n")
             launch.write_config(config, output)
         launch.gather([rank])                               # nobody writes an answer before its config is written
-        mine = todo[rank::world]
-        with ThreadPoolExecutor(1) as background, open(output / f"predictions.rank{rank}.jsonl", "a") as part:
-            upcoming = [background.submit(prepare, *item) for item in mine[:1]]
-            for number, item in enumerate(tqdm(mine, desc="evaluate", disable=rank > 0, dynamic_ncols=True), 1):
-                prompts = upcoming.pop().result()
-                upcoming = [background.submit(prepare, *after) for after in mine[number:number + 1]]
-                answers = answer(config, policy, encoder, *item, prompts)   # meanwhile the next batch is decoded
+        mine, make = todo[rank::world], partial(encode_batch, config, encoder, load)
+        unfinished = output / f"predictions.rank{rank}.jsonl"
+        with stream.prefetched(make, mine, load) as batches, open(unfinished, "a") as part:
+            for batch, prompts in tqdm(batches, "evaluate", total=len(mine), disable=rank > 0, dynamic_ncols=True):
+                answers = answer_batch(config, policy, encoder, batch, prompts)
                 part.write("\n" + "".join(json.dumps(row) + "\n" for row in answers))     # ends a torn line before it
                 part.flush()
                 new += answers
@@ -126,27 +123,35 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What is answered together."""
+    task: tasks.Task
+    numbers: tuple[int, ...]                # of the samples, from which their random numbers follow
+    samples: tuple[data.Sample, ...]
+
+
 def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tuple[int, data.Sample]]:
     """(number, sample) sorted by the seconds of video to be seen, longest first, so that a batch has prompts of about
-    one length and memory trouble shows at once. In TVG the queries of a video stay together: it is seen once for all."""
+    one length and memory trouble shows at once. In TVG the queries of a video stay together: it is seen once."""
     last = {}       # where the duration is unknown, a video is at least as long as its last segment
     for _, sample in pool:
         last[sample.video] = max(sample.duration or 0.0, sample.end, last.get(sample.video, 0.0))
-    seconds = lambda sample: sample.end - sample.start if task.segment else last[sample.video]
+    seconds = lambda sample: sample.end - sample.start if task.sees_segment else last[sample.video]
     return sorted(pool, key=lambda item: (-seconds(item[1]), item[1].video, item[0]))
 
 
-def check(config: Config) -> None:
+def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a config that cannot work, or with which --output was not begun."""
     if bool(config.predictions) == bool(config.model) or config.model and not (config.videos and config.output):
-        raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers to score")
+        raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers")
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
     if config.output:
         launch.check_output(config.output)
     if config.model:
-        model.check(config.model)
+        model.check_folder(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
         try:
@@ -154,24 +159,24 @@ def check(config: Config) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
                 from error
-        if other := [f"--{name} {old.get(name, '?')}" for name, value in vars(config).items()
-                     if name not in ("output", "workers", "cache", "cache_gb") and old.get(name, "?") != value]:
-            raise ValueError(f"--output {config.output} holds a run with {', '.join(other)}; give another folder or delete it")
+        if other := checkpoint.compare_configs(vars(config), old, {"output", "workers", "cache", "cache_gb"}):
+            said = ", ".join(f"--{name} {old.get(name, '?')}" for name in other)
+            raise ValueError(f"--output {config.output} holds a run with {said}; give another folder or delete it")
 
 
-def inputs(config: Config) -> dict[str, list[int]]:
+def input_files(config: Config) -> dict[str, list[int]]:
     """Size and time of change of the files that all answers depend on: a model trained anew is another model."""
     files = [Path(config.annotations), *sorted(path for path in Path(config.model).glob("*") if path.is_file())]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def answered(config: Config) -> list[dict]:
-    """The rows that an earlier run left in --output; none if it had another model or other annotations. A line that is no
-    row, torn by a kill, is left out, and so answered again."""
+def earlier_rows(config: Config) -> list[dict]:
+    """The rows that an earlier run left in --output; none if it had another model or other annotations. A line that is
+    no row, torn by a kill, is left out, and so answered again."""
     output, rows = Path(config.output), []
     if not all((output / name).exists() for name in ("config.json", "inputs.json")):
         return []
-    if json.loads((output / "inputs.json").read_text()) != inputs(config):
+    if json.loads((output / "inputs.json").read_text()) != input_files(config):
         tqdm.write(f"{output}: the model or the annotations have changed, so its answers are thrown away")
         return []
     for path in sorted(output.glob("predictions*.jsonl")):
@@ -184,35 +189,46 @@ def answered(config: Config) -> list[dict]:
     return rows
 
 
-def attempt(config: Config, batch: list, task: tasks.Task, encoder, load: Callable) -> list:
-    """The Prompt of each (number, sample) of one video, or the VideoError why there is none."""
-    see, prompts = lru_cache(maxsize=1)(lambda *part: load(*part).grey() if config.blind else load(*part)), []
-    for _, sample in batch:
-        try:
-            prompts.append(tasks.prepare(sample, task, encoder, see))
-        except video.VideoError as error:
-            prompts.append(error)
-    return prompts
+def encode_batch(config: Config, encoder: model.Encoder, load: Loader,
+                 batch: Batch) -> list[model.Prompt | VideoError]:
+    """The Prompt of each sample, or the VideoError why there is none; several videos at a time, each decoded once."""
+    def encode(of_one_video: Iterator[data.Sample]) -> list[model.Prompt | VideoError]:
+        @lru_cache(maxsize=1)
+        def see(*part) -> Clip:
+            return load(*part).grey() if config.blind else load(*part)
+
+        prompts = []
+        for sample in of_one_video:
+            try:
+                prompts.append(tasks.prepare(sample, batch.task, encoder, see))
+            except VideoError as error:
+                prompts.append(error)
+        return prompts
+
+    videos = [list(samples) for _, samples in groupby(batch.samples, lambda sample: sample.video)]
+    with ThreadPoolExecutor(config.workers) as threads:
+        return sum(threads.map(encode, videos), [])
 
 
-def answer(config: Config, policy, encoder, task: tasks.Task, batch: list, prompts: list) -> list[dict]:
-    """A prediction row for each (number, sample) of a batch; its random numbers follow from its number."""
-    readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, video.VideoError)]
-    texts = [""] * len(batch)
+def answer_batch(config: Config, policy: model.Policy, encoder: model.Encoder, batch: Batch,
+                 prompts: list[model.Prompt | VideoError]) -> list[dict]:
+    """A row for each sample of a batch."""
+    readable = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, VideoError)]
+    texts = [""] * len(prompts)
     if readable:
-        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + batch[i][0]) for i in readable]
+        generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + batch.numbers[i]) for i in readable]
         rollouts = grpo.rollout(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
                                 generators if config.temperature > 0 else None, config.temperature or 1.0)
         for i, text in zip(readable, encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])):
             texts[i] = text
     rows = []
-    for (_, sample), prompt, text in zip(batch, prompts, texts):
-        row = {"id": sample.id, "task": task.name, "video": sample.video, "query": sample.query}
-        if isinstance(prompt, video.VideoError):
+    for sample, prompt, text, reward in zip(batch.samples, prompts, texts, batch.task.reward(texts, batch.samples)):
+        row = {"id": sample.id, "task": batch.task.name, "video": sample.video, "query": sample.query}
+        if isinstance(prompt, VideoError):
             row["error"] = str(prompt)
-        row.update({"completion": text, **task.reward(text, sample).parts})
-        if task.name == "TVG":
-            row.update(zip(("start", "end"), rewards.span(text) or (None, None)), truth=[sample.start, sample.end])
+        row.update({"completion": text, **reward.parts})
+        if batch.task.name == "TVG":
+            row.update(zip(("start", "end"), rewards.segment(text) or (None, None)), truth=[sample.start, sample.end])
         rows.append(row)
     return rows
 
@@ -232,7 +248,7 @@ def read_predictions(path: str) -> list[dict]:
             if not (row.keys() & {"completion", "error"} or {"start", "end"} <= row.keys()):
                 raise ValueError("neither start and end, nor completion, nor error")
             span = row.get("start"), row.get("end")
-            span = rewards.span(row.get("completion") or "") if None in span else tuple(map(float, span))
+            span = rewards.segment(row.get("completion") or "") if None in span else tuple(map(float, span))
             start, end = span if span and np.isfinite(span).all() and not row.get("error") else (None, None)
             rows.append({**row, "start": start, "end": end})
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -265,70 +281,39 @@ def score_predictions(path: str, samples: list[data.Sample]) -> dict[str, float 
     for sample in samples:
         row, truth = found.get(sample.id, {"start": None, "error": "missing"}), (sample.start, sample.end)
         rows.append({**row, "task": "TVG", "video": sample.video, "query": sample.query, "truth": truth,
-                     "iou": meets(row, truth)})
-    scores = summarise(rows)
-    counts["failed"] = scores.pop("unreadable") - counts["missing"]
-    return {**scores, **counts}
+                     "iou": iou_of(row, truth)})
+    found = summarise(rows)
+    counts["failed"] = found.pop("unreadable") - counts["missing"]
+    return {**found, **counts}
 
 
-def meets(row: dict, truth: tuple[float, float]) -> float:
+def iou_of(row: dict, truth: tuple[float, float]) -> float:
     """IoU of a row's answer, 0 if it has none."""
     return 0.0 if row["start"] is None else rewards.iou((row["start"], row["end"]), truth)
 
 
 def summarise(rows: list[dict]) -> dict[str, float | list[float]]:
     """Prediction rows -> mIoU and R1 with intervals, VC, AR, VD accuracy, and counts of what went wrong."""
-    scores, windows = {}, {}
+    found, windows = {}, {}
     tvg = [row for row in rows if row["task"] == "TVG"]
     if tvg:
-        scores.update({"queries": len(tvg), **measure([row["iou"] for row in tvg], [row.get("video") for row in tvg])})
-        scores["unparsable"] = sum(row["start"] is None and not row.get("error") for row in tvg)
+        videos = [row.get("video") for row in tvg]
+        found.update({"queries": len(tvg), **scores.measure([row["iou"] for row in tvg], videos)})
+        found["unparsable"] = sum(row["start"] is None and not row.get("error") for row in tvg)
         for row in tvg:
             windows.setdefault((row.get("video"), row.get("query")), []).append(row)
-    if all("truth" in row for row in tvg) and len(windows) < len(tvg):      # one answer a query: that to its first window
-        best = [max(meets(of[0], row["truth"]) for row in of) for of in windows.values()]
-        scores["best_window_queries"] = len(best)
-        scores.update((f"best_window_{k}", v) for k, v in measure(best, [path for path, _ in windows]).items())
+    if all("truth" in row for row in tvg) and len(windows) < len(tvg):  # one answer a query: that to its first window
+        best = [max(iou_of(of[0], row["truth"]) for row in of) for of in windows.values()]
+        found["best_window_queries"] = len(best)
+        measured = scores.measure(best, [path for path, _ in windows])
+        found.update((f"best_window_{name}", value) for name, value in measured.items())
     for name in tasks.INVERSIONS:
-        if right := [row[name.lower()] for row in rows if row["task"] == name]:
-            scores[name] = float(np.mean(right))
-    scores["unreadable"] = sum(bool(row.get("error")) for row in rows)
+        if right := [row[tasks.TASKS[name].part] for row in rows if row["task"] == name]:
+            found[name] = float(np.mean(right))
+    found["unreadable"] = sum(bool(row.get("error")) for row in rows)
     if all("format" in row for row in rows):                # the answers of --predictions may be of any form
-        scores["format"] = float(np.mean([row["format"] for row in rows]))
-    return scores
-
-
-def measure(ious: list[float], videos: list[str | None]) -> dict[str, float | list[float]]:
-    """mIoU, R1@m (IoU >= m) and R1>m (IoU > m), with 95 % intervals where the videos are known, and more than one."""
-    iou = np.array(ious)
-    values = {"mIoU": iou}
-    for m in (0.3, 0.5, 0.7):
-        values.update({f"R1@{m}": iou >= m, f"R1>{m}": iou > m})
-    scores = {name: float(value.mean()) for name, value in values.items()}
-    if None not in videos and len(set(videos)) > 1:
-        lows, highs = interval(np.stack(list(values.values()), axis=1), videos)
-        scores.update((f"{name}_95", [low, high]) for name, low, high in zip(values, lows.tolist(), highs.tolist()))
-    return scores
-
-
-def interval(values: np.ndarray, videos: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high), each (k,): 95 % intervals of the means of `values` (n, k), from a bootstrap over videos, since the queries
-    of one video share its difficulty."""
-    number = {path: i for i, path in enumerate(dict.fromkeys(videos))}
-    sums = np.zeros((len(number), values.shape[1] + 1))                                         # (videos, k + 1)
-    np.add.at(sums, [number[path] for path in videos], np.column_stack([values, np.ones(len(values))]))
-    drawn = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))                # (2000, videos)
-    *totals, counts = (column[drawn].sum(1) for column in sums.T)                               # (2000,) each
-    return tuple(np.quantile(np.stack(totals) / counts, (0.025, 0.975), axis=1))
-
-
-def gain(before: list[dict], after: list[dict]) -> tuple[float, float, float]:
-    """(mean, low, high): by how much the mean IoU rose from one list of TVG prediction rows to another of the same
-    queries, with its 95 % interval."""
-    old = {row["id"]: row["iou"] for row in before}
-    rises = np.array([row["iou"] - old[row["id"]] for row in after])
-    low, high = interval(rises[:, None], [row["video"] for row in after])
-    return float(rises.mean()), float(low[0]), float(high[0])
+        found["format"] = float(np.mean([row["format"] for row in rows]))
+    return found
 
 
 if __name__ == "__main__":

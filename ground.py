@@ -4,8 +4,8 @@
     python ground.py VIDEO "a person sits down" "a person eats" --model DIR --png answer.png
 
 Prints for each query the answer in seconds, such as `12.54 to 17.83`, or `no answer`, then the query and what the model
-thought; --json prints a JSON object a query instead, which `evaluate.py --predictions` can score. The video is decoded once
-for all queries. --png draws its frames with their times, and the answers below.
+thought; --json prints a JSON object a query instead, which `evaluate.py --predictions` can score. The video is decoded
+once for all queries. --png draws its frames with their times, and the answers below.
 """
 import json
 import re
@@ -23,9 +23,10 @@ import model
 import rewards
 import tasks
 from data import Sample
-from support import launch, plot, video
+from support import launch, plot
 from support.launch import flag
-from support.video import TOTAL_PIXELS
+from support.loader import Loader
+from support.video import TOTAL_PIXELS, Clip
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Config:
 
 
 def main(config: Config) -> list[dict]:
-    """Print the answers, and return them: dicts of video, query, start and end (seconds or None), thought, completion."""
+    """Print the answers, and return them: dicts of video, query, start, end (seconds or None), thought, completion."""
     queries = [" ".join(query.split()) for query in config.queries]
     if not all(queries):
         raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to look for")
@@ -50,21 +51,22 @@ def main(config: Config) -> list[dict]:
         launch.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
-    model.check(config.model)
-    load = video.Loader(total_pixels=config.total_pixels)
+    model.check_folder(config.model)
+    load = Loader(total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()
     _, _, device = launch.start_process()
     policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
     texts = []
     for i in range(0, len(queries), config.batch_size):
-        prompts = [tasks.prepare(Sample(query, config.video, query, 0.0, clip.duration, clip.duration), tasks.TASKS["TVG"],
-                                 encoder, lambda *part, **parts: clip) for query in queries[i:i + config.batch_size]]
+        samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
+                   for query in queries[i:i + config.batch_size]]
+        prompts = [tasks.prepare(sample, tasks.TASKS["TVG"], encoder, lambda *part: clip) for sample in samples]
         rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
         texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
     answers = []
     for query, text in zip(queries, texts):
-        start, end = rewards.span(text) or (None, None)
+        start, end = rewards.segment(text) or (None, None)
         thought = re.search("<think>(.*?)</think>", text, re.DOTALL)
         answers.append({"video": config.video, "query": query, "start": start, "end": end,
                         "thought": thought[1].strip() if thought else "", "completion": text})
@@ -80,12 +82,12 @@ def said(answer: dict) -> str:
 
 
 def tell(answer: dict) -> str:
-    """The answer, and indented below it the query and the thought, or the whole text where there is no answer or thought."""
+    """The answer, and indented below it the query and the thought, or the whole text where either is missing."""
     kind = "thought" if answer["thought"] and answer["start"] is not None else "completion"
     return f"{said(answer)}\n    query: {answer['query']}\n    {kind}: {' '.join(answer[kind].split())}"
 
 
-def draw(clip: video.Clip, answers: list[dict], out_png: str) -> None:
+def draw(clip: Clip, answers: list[dict], out_png: str) -> None:
     """A strip of frames, each at its time, and below it a bar for each answer, on one time axis in seconds."""
     figure, axis = plt.subplots(figsize=(13, 2.2 + 0.55 * len(answers)), layout="constrained")
     plot.strip(axis, clip, ratio=10)

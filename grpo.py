@@ -1,13 +1,13 @@
-"""Group relative policy optimisation: rollouts, advantages, log-probabilities, loss, as plain functions (Eq. 3, 4).
+"""Group relative policy optimisation as plain functions: advantages and loss (Eq. 3, 4), rollouts, log-probabilities.
 
 A group is G completions of one prompt, and the prompt is mostly video. So the prompt is computed once wherever it
 appears:
 
-- `rollout` runs the prompts once, then samples B * G rows in one loop; the G rows of a prompt share its keys and values,
-  and rows that have stopped are dropped;
+- `rollout` runs the prompts once, then samples B * G rows in one loop; the G rows of a prompt share its keys and
+  values, and rows that have stopped are dropped;
 - `logprobs` scores one packed sequence of all prompts and all their completions, without padding. Each completion sees
-  its prompt and itself (attention.py), and its positions continue from the prompt's end, so every token gets the same
-  log-probability and gradient as in a sequence of its own.
+  its prompt and itself (support/attention.py), and its positions continue from the prompt's end, so every token gets
+  the same log-probability and gradient as in a sequence of its own.
 
 Choices the paper leaves open, or departures from it:
 1. std is the unbiased one, with 1e-4 added, as in the authors' code.
@@ -17,59 +17,45 @@ Choices the paper leaves open, or departures from it:
 4. One update per rollout, so pi_old is pi itself, the ratio is 1 and there is nothing to clip; the ratio stays in
    the loss because its gradient is the policy gradient.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from model import MERGE, Policy, Prompt
+from model import Policy, Prompt, pack, see
 from support.attention import Decoding, Packed
+from support.decoding import draw_token, rows_to_keep
 
-PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
+
+def advantages(rewards: Float[Tensor, "*B G"]) -> Float[Tensor, "*B G"]:
+    """Rewards normalised within their group (Eq. 3). A group whose rewards are all equal gets zeros."""
+    rewards = rewards - rewards[..., :1]    # so that equal ones are 0 exactly: their fp32 mean may differ from them
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+
+
+def loss(logp: Float[Tensor, "B G C"], old_logp: Float[Tensor, "B G C"], ref_logp: Float[Tensor, "B G C"] | None,
+         advantage: Float[Tensor, "B G"], mask: Int[Tensor, "B G C"], beta: float,
+         total: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The negative of Eq. 4 and the KL in it, each a mean over a completion's tokens, then over completions.
+
+    `total` is how many completions there are in the whole batch, over all passes and processes, so that their losses
+    and gradients add up. ref_logp None: no KL.
+    """
+    ratio = torch.exp(logp - old_logp)                                                      # (B, G, C)
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
+    per_token = ratio * advantage[..., None] - beta * kl                                    # Eq. 4
+    share = mask / (mask.sum(-1, keepdim=True) * total)
+    return -(per_token * share).sum(), (kl * share).sum().detach()
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    completions: Tensor     # (B, G, C) token ids; 0 after the end
-    mask: Tensor            # (B, G, C) 1 up to and including the stop token
-    logprobs: Tensor        # (B, G, C) log-probability of each token as it was sampled; 0 after the end
-
-
-def pack(policy: Policy, prompts: list[Prompt]) -> dict[str, Tensor]:
-    """Prompts of any lengths one after the other, without padding: ids (N,), positions (3, N), and their videos."""
-    device = next(policy.parameters()).device
-    batch = dict(ids=torch.cat([p.ids for p in prompts]), positions=torch.cat([p.positions for p in prompts], dim=1))
-    if prompts[0].video is not None:
-        batch["video"] = torch.cat([p.video for p in prompts])
-    else:
-        batch.update(patches=torch.cat([p.patches for p in prompts]), grid=torch.stack([p.grid for p in prompts]))
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@torch.no_grad()
-def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts with their videos run through the vision tower, without gradient, each different video once."""
-    features, passes = {}, []
-    for p in {id(p.patches): p for p in prompts if p.video is None}.values():
-        if not passes or sum(len(q.patches) for q in passes[-1]) >= PATCHES_AT_ONCE:
-            passes.append([])
-        passes[-1].append(p)
-    for some in passes:
-        batch = pack(policy, some)
-        video = policy(patches=batch["patches"], grid=batch["grid"])                        # (video tokens, H)
-        parts = video.split([len(p.patches) // MERGE ** 2 for p in some])
-        features.update((id(p.patches), part) for p, part in zip(some, parts))
-    return [p if p.video is not None else replace(p, video=features[id(p.patches)]) for p in prompts]
-
-
-def sample(logits: Tensor, uniform: Tensor | None) -> Tensor:
-    """One token a row of logits (rows, V): the inverse of the cumulated softmax at uniform (rows,) in [0, 1), so
-    that a row's token depends on its own random number only; the likeliest token where `uniform` is None."""
-    if uniform is None:
-        return logits.argmax(-1)
-    cumulated = logits.double().softmax(-1).cumsum(-1)                                      # (rows, V)
-    token = torch.searchsorted(cumulated, uniform[:, None].double() * cumulated[:, -1:], right=True).squeeze(-1)
-    return token.clamp(max=logits.shape[-1] - 1)            # V where logits are not numbers: train.py sees that later
+    completions: Int[Tensor, "B G C"]   # token ids; 0 after the end
+    mask: Int[Tensor, "B G C"]          # 1 up to and including the stop token
+    logprobs: Float[Tensor, "B G C"]    # log-probability of each token as it was sampled; 0 after the end
 
 
 @torch.no_grad()
@@ -85,7 +71,7 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
     device, rows = batch["ids"].device, len(prompts) * group_size
     layout = Packed(lengths, keep=True, device=device)
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = policy(**batch, layout=layout, at=ends, temperature=temperature).repeat_interleave(group_size, 0)
+    logits = policy.logits(**batch, layout=layout, at=ends, temperature=temperature).repeat_interleave(group_size, 0)
     layout = Decoding(layout, group_size)
 
     position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device).repeat_interleave(group_size)
@@ -98,43 +84,27 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
     row = torch.arange(rows, device=device)     # rows that are still computed, as many of each prompt
     running = torch.ones(rows, dtype=torch.bool, device=device)                             # of these
     for c in range(max_tokens):
-        token = sample(logits, None if uniform is None else uniform[row, c]) * running
+        token = draw_token(logits, None if uniform is None else uniform[row, c]) * running
         completions[row, c], mask[row, c] = token, running.long()
-        logprobs[row, c] = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).float().masked_fill(~running, 0)
+        logprob = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).float()
+        logprobs[row, c] = logprob.masked_fill(~running, 0)
         running = running & ~torch.isin(token, stop)
         if c + 1 == max_tokens or not running.any():
             break
-        kept = worth_keeping(running.view(-1, layout.rows))
+        kept = rows_to_keep(running.view(-1, layout.rows))
         if kept is not None:
             groups, chosen = kept
             layout.keep(groups, chosen)
             row, running, token = row[chosen], running[chosen], token[chosen]
-        logits = policy(token, (position[row] + c).expand(3, -1), layout, temperature=temperature)
+        logits = policy.logits(token, (position[row] + c).expand(3, -1), layout, temperature=temperature)
         layout.tokens += 1
     return Rollouts(*(x[:, :c + 1].view(len(prompts), group_size, c + 1) for x in (completions, mask, logprobs)))
 
 
-def worth_keeping(running: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(prompts, rows) to go on with, of running (B, R): prompts with a running row, as many rows of each as the one
-    with most. None while that leaves more than 3/4 of the rows, since dropping copies the keys and values."""
-    per_prompt = running.sum(1)
-    groups, most = per_prompt.nonzero()[:, 0], int(per_prompt.max())
-    if len(groups) * most > 0.75 * running.numel():
-        return None
-    chosen = running[groups].long().argsort(dim=1, descending=True, stable=True)[:, :most]      # running ones first
-    return groups, (chosen + groups[:, None] * running.shape[1]).flatten()
-
-
-def advantages(rewards: Tensor) -> Tensor:
-    """Group-normalised rewards (Eq. 3): (B, G) -> (B, G). A group whose rewards are all equal gets zeros."""
-    rewards = rewards - rewards[..., :1]    # so that equal ones are 0 exactly: their fp32 mean may differ from them
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-
-
-def logprobs(policy: Policy, prompts: list[Prompt], completions: Tensor, mask: Tensor,
-             temperature: float = 1.0) -> Tensor:
-    """log pi(o_t | prompt, o_<t) of completions (B, G, C) -> (B, G, C), 0 where mask (B, G, C) is 0, as it may be only
-    behind a completion's end. Logits only where the mask is 1.
+def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B G C"], mask: Int[Tensor, "B G C"],
+             temperature: float = 1.0) -> Float[Tensor, "B G C"]:
+    """log pi(o_t | prompt, o_<t) of completions, 0 where the mask is 0, as it may be only behind a completion's end.
+    Logits only where the mask is 1.
     """
     batch, lengths, sizes = pack(policy, prompts), [len(p.ids) for p in prompts], mask.sum(-1)      # sizes (B, G)
     device = batch["ids"].device
@@ -150,21 +120,5 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Tensor, mask: T
     before = torch.zeros_like(completions)
     before[chosen] = torch.arange(len(targets), device=device) + sum(lengths) - 1
     before[..., 0] = torch.tensor(lengths, device=device).cumsum(0)[:, None] - 1
-    scores = policy(**batch, layout=layout, at=before[chosen], targets=targets, temperature=temperature)    # (n,)
+    scores = policy.logprobs(**batch, layout=layout, at=before[chosen], targets=targets, temperature=temperature)
     return torch.zeros(mask.shape, dtype=scores.dtype, device=device).masked_scatter(chosen, scores)
-
-
-def loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor, mask: Tensor, beta: float,
-         completions: int) -> tuple[Tensor, Tensor]:
-    """The negative of Eq. 4 and the KL in it, each a mean over a completion's tokens, then over completions.
-
-    logp, old_logp, ref_logp, mask (B, G, C); advantage (B, G). `completions` is how many there are in the whole
-    batch, over all micro-batches and processes, so that their losses and gradients add up. ref_logp None: no KL.
-    """
-    ratio = torch.exp(logp - old_logp)                                                      # (B, G, C)
-    kl = torch.zeros_like(logp)
-    if ref_logp is not None:
-        kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-    per_token = ratio * advantage[..., None] - beta * kl                                    # Eq. 4
-    share = mask / (mask.sum(-1, keepdim=True) * completions)
-    return -(per_token * share).sum(), (kl * share).sum().detach()

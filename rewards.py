@@ -8,37 +8,34 @@
     Eq. 10, 11  Reward.total: format plus the reward of the task
 
 Departures from the paper, and what it leaves open:
- 1. A query may hold several verbs: vc asks for these and no other, vd for these at least. A query without a verb pays 0 in
-    vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs; vc and ar do not. What counts as a verb of a sentence
-    is the tagger's word: a second verb that it takes for an adjective ("close, open") slips past vc.
- 2. spaCy finds no verb in 1.3 % of the Charades-STA queries ("a person is undressing.", "person open door."). In a sentence
-    without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `spans`.
- 3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `base`.
- 4. A lone word ("closes") is read as a verb, while the tagger takes most for nouns. It answers ar, and vc too when the query
-    has one verb. Square brackets around a fill, "Person [closes] the door", are dropped.
+ 1. A query may hold several verbs: vc asks for these and no other, vd for these at least. A query without a verb pays 0
+    in vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs; vc and ar do not. What counts as a verb of a
+    sentence is the tagger's word: a second verb that it takes for an adjective ("close, open") slips past vc.
+ 2. spaCy finds no verb in 1.3 % of the Charades-STA queries ("a person is undressing.", "person open door."). In a
+    sentence without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `verbs_of_doc`.
+ 3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `lemma`.
+ 4. A lone word ("closes") is read as a verb, while the tagger takes most for nouns. It answers ar, and vc too when the
+    query has one verb. Square brackets around a fill, "Person [closes] the door", are dropped.
  5. Only the one answer block is scored: with two, or none, vc, ar and vd are 0. Its first 2,000 characters are read.
- 6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its own: the
-    model has no word vectors and the paper names no others. They know more of grammar than of meaning.
+ 6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its own:
+    the model has no word vectors and the paper names no others. They know more of grammar than of meaning.
 
-Try it:  python rewards.py AR "a person walks away and laughs" "<think>a path</think> <answer>walking</answer>"
-         python rewards.py TVG "a person laughs" "<think>late</think> <answer>2.0 to 8.0</answer>" --segment 1.0 7.5
+Try them with tasks.py.
 """
-import argparse
 import importlib
 import importlib.util
-import json
 import math
 import re
 import string
-import sys
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
+from typing import NamedTuple
 
 LIMIT = 2000      # characters of a text that are read for verbs: a query has 30, an honest description a few hundred
 CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
-LIKELY = -7.5     # a word of a verbless sentence is its verb from these log-odds on: "person open door" -4.4, "a dress" -9.2
+# A word of a verbless sentence is its verb from these log-odds on: "person open door" has -4.4, "a dress" -9.2
+LIKELY = -7.5
 INFLECTED = 4.0   # log-odds in favour of a word that looks inflected: in "the square spins" it is not "square"
 # ASCII digits, no sign, no exponent, an optional unit; nothing in it is ambiguous, so matching is linear in the text
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:s|sec|seconds?))?"
@@ -68,13 +65,13 @@ def spacy_model():
 
 @lru_cache(maxsize=None)
 def known_verbs() -> frozenset[str]:
-    """The 8,700 base forms that spaCy's lemmatizer knows as verbs; nouns such as play, dress and light are among them."""
+    """The 8,700 base forms that spaCy's lemmatizer knows as verbs; nouns such as play and dress are among them."""
     return frozenset(spacy_model().get_pipe("lemmatizer").lookups.get_table("lemma_index")["verb"])
 
 
-def base(token) -> str:
-    """The base form of a spaCy token whose `pos_` is VERB. Departure 3: of the lemmatizer's candidates the one that gives
-    the same form in every tense, and the word itself when it is a verb and the candidates are no words."""
+def lemma(token) -> str:
+    """The base form of a spaCy token whose `pos_` is VERB. Departure 3: of the lemmatizer's candidates the one that
+    gives the same form in every tense, and the word itself when it is a verb and the candidates are no words."""
     word = token.lower_
     forms = [form.lower() for form in spacy_model().get_pipe("lemmatizer").rule_lemmatize(token)]
     forms = [form for form in (*forms, word) if form in known_verbs()] or forms
@@ -84,22 +81,29 @@ def base(token) -> str:
 
 
 @lru_cache(maxsize=4096)
-def verb_base(word: str) -> frozenset[str]:
+def word_lemmas(word: str) -> frozenset[str]:
     """What a lone word can be as a verb: {"open"} of opens, {"lie", "lay"} of lay; empty if it is not one word."""
     if len(word) > 40 or not re.fullmatch(r"[^\W\d_]+(?:['-][^\W\d_]+)*", word):
         return frozenset()
     from spacy.tokens import Doc
     token = Doc(spacy_model().vocab, words=[word])[0]
     token.pos_ = "VERB"
-    return frozenset({base(token), *known_verbs().intersection([word.lower()])})
+    return frozenset({lemma(token), *known_verbs().intersection([word.lower()])})
 
 
-def spans(doc) -> tuple[tuple[int, int, str], ...]:
-    """(start, end, base form) of the verbs of a tagged spaCy Doc, positions in characters. Auxiliaries and "be" are none.
+class Verb(NamedTuple):
+    """A verb of a text: text[start:end] is the verb as written, `lemma` its base form."""
+    start: int
+    end: int
+    lemma: str
 
-    Departure 2: if the tagger finds no verb, the noun, adjective or adverb that it came closest to calling a verb is one,
-    if it can be a verb at all and the tagger's log-odds (best verb tag against best tag) are not below LIKELY."""
-    found = [(token, base(token)) for token in doc if token.pos_ == "VERB" and base(token) != "be"]
+
+def verbs_of_doc(doc) -> tuple[Verb, ...]:
+    """The verbs of a tagged spaCy Doc. Auxiliaries and "be" are none.
+
+    Departure 2: if the tagger finds no verb, the noun, adjective or adverb that it came closest to calling a verb is
+    one, if it can be a verb at all and the tagger's log-odds (best verb tag against best tag) are not below LIKELY."""
+    found = [(token, lemma(token)) for token in doc if token.pos_ == "VERB" and lemma(token) != "be"]
     open_class = [token for token in doc if token.pos_ in ("NOUN", "PROPN", "ADJ", "ADV")]
     if open_class and not found:
         tagger = spacy_model().get_pipe("tagger")
@@ -107,53 +111,44 @@ def spans(doc) -> tuple[tuple[int, int, str], ...]:
         tags = [i for i, label in enumerate(tagger.labels) if label.startswith("VB")]
         guesses = []   # (log-odds, token, base form)
         for token in open_class:
-            forms = verb_base(token.lower_) & known_verbs()
+            forms = word_lemmas(token.lower_) & known_verbs()
             form = token.lower_ if token.lower_ in forms else next(iter(forms), None)
             odds = float(scores[token.i][tags].max() - scores[token.i].max()) + INFLECTED * (form != token.lower_)
             if form and odds >= LIKELY:
                 guesses.append((odds, token, form))
         found = [max(guesses, key=lambda guess: guess[0])[1:]] if guesses else []
-    return tuple((token.idx, token.idx + len(token), form) for token, form in found)
+    return tuple(Verb(token.idx, token.idx + len(token), form) for token, form in found)
 
 
-_read: dict[str, tuple] = {}   # text -> spans, oldest first
-_reading = threading.Lock()    # training fills prompts in one thread and rewards completions in another
+_found: dict[str, tuple[Verb, ...]] = {}    # by text, the oldest first
+_finding = threading.Lock()     # training fills prompts in one thread and rewards completions in another
 
 
-def spans_of(texts: list[str | None]) -> list[tuple[tuple[int, int, str], ...]]:
-    """`verb_spans` of many texts, tagged in batches and remembered: called with the `answer` of every completion of a
-    step (None counts as empty), it makes the rewards of that step look-ups."""
+def find_verbs(texts: list[str | None]) -> list[tuple[Verb, ...]]:
+    """The verbs of each text, in order; None counts as empty. Never raises, whatever the texts; reads the first LIMIT
+    characters of each. They are tagged in batches, and remembered."""
     texts = [(text or "")[:LIMIT] for text in texts]
-    with _reading:
-        read = {text: _read[text] for text in texts if text in _read}
-        new = [text for text in dict.fromkeys(texts) if text not in read]
+    with _finding:
+        found = {text: _found[text] for text in texts if text in _found}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
         # lone surrogates cannot be hashed by spaCy; one "?" each keeps the positions
-        docs = spacy_model().pipe((text.encode("utf-8", "replace").decode() for text in new), batch_size=64) if new else ()
-        read.update((text, spans(doc)) for text, doc in zip(new, docs))
-        _read.update(read)
-        while len(_read) > CACHE:
-            del _read[next(iter(_read))]
-    return [read[text] for text in texts]
+        whole = (text.encode("utf-8", "replace").decode() for text in new)
+        docs = spacy_model().pipe(whole, batch_size=64) if new else ()
+        found.update((text, verbs_of_doc(doc)) for text, doc in zip(new, docs))
+        _found.update(found)
+        while len(_found) > CACHE:
+            del _found[next(iter(_found))]
+    return [found[text] for text in texts]
 
 
-def verb_spans(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, base form) of the verbs of a sentence, in characters and in order, so that text[start:end] is the verb
-    as written: what verb completion masks. Never raises, whatever the text; reads its first LIMIT characters."""
-    return list(spans_of([text])[0])
-
-
-def verbs_of(texts: list[str | None]) -> list[frozenset[str]]:
-    """`verbs` of many texts in batches."""
-    return [frozenset(form for _, _, form in found) for found in spans_of(texts)]
-
-
-def verbs(text: str) -> frozenset[str]:
-    """SpaCy(.) of Eq. 5 to 7: the base forms of the verbs of a sentence, query or answer."""
-    return verbs_of([text])[0]
+def verbs(texts: list[str | None]) -> list[frozenset[str]]:
+    """SpaCy(.) of Eq. 5 to 7: the base forms of the verbs of each sentence, query or answer."""
+    return [frozenset(verb.lemma for verb in found) for found in find_verbs(texts)]
 
 
 def cosine(some: frozenset[str], others: frozenset[str]) -> float:
-    """Mean over some verbs of the cosine with the nearest of the others, in [0, 1] (negative counts as 0). Departure 6."""
+    """Mean over some verbs of the cosine with the nearest of the others, in [0, 1] (negative counts as 0), departure 6.
+    """
     if not some or not others:
         return 0.0
     return sum(max(similarity(*sorted((a, b))) for b in others) for a in some) / len(some)
@@ -161,7 +156,7 @@ def cosine(some: frozenset[str], others: frozenset[str]) -> float:
 
 @lru_cache(maxsize=CACHE)
 def similarity(a: str, b: str) -> float:
-    """Cosine of the tok2vec vectors of two base forms, each the only word of its text, in [0, 1]; exactly 1 if equal."""
+    """Cosine of the tok2vec vectors of two base forms, each the only word of its text, in [0, 1]; 1 if equal."""
     if a == b:
         return 1.0
     x, y = (spacy_model()(word).tensor.sum(0) for word in (a, b))   # (96,)
@@ -169,7 +164,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def answer(completion: str) -> str | None:
-    """The text of the only answer block, without square brackets and outer white space; None if there is not exactly one."""
+    """The text of the only answer block, without square brackets and outer white space; None if there is not one."""
     if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
     text, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
@@ -187,7 +182,7 @@ def format_reward(completion: str, timed: bool) -> float:
     return float(bool(TEMPLATE.fullmatch(block[1]) if timed else answer(completion)))
 
 
-def span(completion: str) -> tuple[float, float] | None:
+def segment(completion: str) -> tuple[float, float] | None:
     """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if it has not exactly one;
     None if there is none. Numbers with a sign, an exponent or a colon are not read."""
     text = answer(completion)
@@ -207,66 +202,58 @@ def iou(pred: tuple[float, float] | None, true: tuple[float, float]) -> float:
     return shared / ((pred[1] - pred[0]) + (true[1] - true[0]) - shared)
 
 
-def tvg(completion: str, sample) -> Reward:
-    """Eq. 10: format and IoU. A `sample` has .query and, in seconds, .start and .end."""
-    return Reward({"format": format_reward(completion, timed=True),
-                   "iou": iou(span(completion), (sample.start, sample.end))})
-
-
 def lone(text: str | None) -> frozenset[str]:
     """The base forms of an answer of one word, whatever punctuation is around it; empty for any other answer."""
-    return verb_base((text or "")[:LIMIT].strip(string.punctuation + string.whitespace + "“”‘’…"))
+    return word_lemmas((text or "")[:LIMIT].strip(string.punctuation + string.whitespace + "“”‘’…"))
 
 
-def vc(completion: str, sample, by_cosine: bool = False) -> Reward:
-    """Eq. 5: the completed sentence has the query's verbs and no other. `by_cosine`: the worse of the two directions."""
-    text, gold = answer(completion), verbs(sample.query)
-    said = lone(text) if len(gold) == 1 else None
-    if said:   # departure 4: the fill alone
-        score = max(cosine(gold, frozenset({form})) for form in said) if by_cosine else float(bool(said & gold))
-    else:
-        said = verbs(text or "")
-        score = min(cosine(gold, said), cosine(said, gold)) if by_cosine else float(bool(gold) and said == gold)
-    return Reward({"format": format_reward(completion, timed=False), "vc": score})
+# The rewards of a batch: completions, and the sample that each is about, which has .query and, in seconds, .start and
+# .end. `by_cosine` is the variant of Table 3.
+
+def tvg(completions: list[str], samples: list) -> list[Reward]:
+    """Eq. 10: format and IoU."""
+    return [Reward({"format": format_reward(text, timed=True),
+                    "iou": iou(segment(text), (sample.start, sample.end))})
+            for text, sample in zip(completions, samples, strict=True)]
 
 
-def ar(completion: str, sample, by_cosine: bool = False) -> Reward:
+def vc(completions: list[str], samples: list, by_cosine: bool = False) -> list[Reward]:
+    """Eq. 5: the completed sentence has the query's verbs and no other. `by_cosine`: the worse of both directions."""
+    answers, found = [answer(text) for text in completions], []
+    for text, filled, said, gold in zip(completions, answers, verbs(answers), queries(samples), strict=True):
+        fill = lone(filled) if len(gold) == 1 else None
+        if fill:    # departure 4: the verb alone
+            score = max(cosine(gold, frozenset({form})) for form in fill) if by_cosine else float(bool(fill & gold))
+        elif by_cosine:
+            score = min(cosine(gold, said), cosine(said, gold))
+        else:
+            score = float(bool(gold) and said == gold)
+        found.append(Reward({"format": format_reward(text, timed=False), "vc": score}))
+    return found
+
+
+def ar(completions: list[str], samples: list, by_cosine: bool = False) -> list[Reward]:
     """Eq. 6: the answer is one word, and it is a verb of the query. `by_cosine`: the nearest verb of the query."""
-    said, gold = lone(answer(completion)), verbs(sample.query)
-    score = max((cosine(frozenset({form}), gold) for form in said), default=0.0) if by_cosine else float(bool(said & gold))
-    return Reward({"format": format_reward(completion, timed=False), "ar": score})
+    found = []
+    for text, gold in zip(completions, queries(samples), strict=True):
+        said = lone(answer(text))
+        score = float(bool(said & gold))
+        if by_cosine:
+            score = max((cosine(frozenset({form}), gold) for form in said), default=0.0)
+        found.append(Reward({"format": format_reward(text, timed=False), "ar": score}))
+    return found
 
 
-def vd(completion: str, sample, by_cosine: bool = False) -> Reward:
-    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean over the query's verbs of the nearest said."""
-    said, gold = verbs(answer(completion) or ""), verbs(sample.query)
-    score = cosine(gold, said) if by_cosine else float(bool(gold) and gold <= said)
-    return Reward({"format": format_reward(completion, timed=False), "vd": score})
+def vd(completions: list[str], samples: list, by_cosine: bool = False) -> list[Reward]:
+    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean over these of the nearest said."""
+    found = []
+    described = verbs([answer(text) for text in completions])
+    for text, said, gold in zip(completions, described, queries(samples), strict=True):
+        score = cosine(gold, said) if by_cosine else float(bool(gold) and gold <= said)
+        found.append(Reward({"format": format_reward(text, timed=False), "vd": score}))
+    return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the reward of one completion as a JSON line; returns the exit code, 2 for a wrong command."""
-    tasks = {"TVG": tvg, "VC": vc, "AR": ar, "VD": vd}
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("task", help=" or ".join(tasks))
-    parser.add_argument("query")
-    parser.add_argument("completion", help="the whole text of the model, tags included")
-    parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
-    parser.add_argument("--cosine", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
-    args = parser.parse_args(argv)
-    if args.task not in tasks or (args.task == "TVG" and args.segment is None):
-        print(f"rewards.py: there is no task {args.task!r}, take one of {', '.join(tasks)}" if args.task not in tasks else
-              "rewards.py: TVG needs the true segment in seconds: --segment START END", file=sys.stderr)
-        return 2
-    start, end = args.segment or (None, None)
-    if args.segment and not (0 <= start < end < math.inf):
-        print(f"rewards.py: --segment {start:g} {end:g}: give a start from 0 s on and an end after it", file=sys.stderr)
-        return 2
-    options = {"by_cosine": True} if args.cosine and args.task != "TVG" else {}
-    reward = tasks[args.task](args.completion, SimpleNamespace(query=args.query, start=start, end=end), **options)
-    print(json.dumps({**reward.parts, "total": reward.total}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def queries(samples: list) -> list[frozenset[str]]:
+    """The verbs of each sample's query."""
+    return verbs([sample.query for sample in samples])

@@ -26,8 +26,10 @@ import data
 import grpo
 import model
 import tasks
-from support import checkpoint, launch, video
+from support import checkpoint, launch, sharding, stream
 from support.launch import flag
+from support.loader import Loader
+from support.video import TOTAL_PIXELS
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Config:
     per_pass: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
-    total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
@@ -57,23 +59,30 @@ class Config:
                                   "change nothing")
 
 
-def read_demonstrations(path: str, samples: list[data.Sample]) -> list[tuple[data.Sample, tasks.Task, str]]:
-    """(sample, task, completion) of every line of a demonstrations file, or the Invert-SFT ones when path is empty;
-    none of an inversion task for a query without a verb."""
-    with_verb = {sample.id for sample in tasks.with_verb(samples)}
+@dataclass(frozen=True)
+class Demonstration:
+    sample: data.Sample
+    task: tasks.Task
+    completion: str
+
+
+def read_demonstrations(path: str, samples: list[data.Sample]) -> list[Demonstration]:
+    """Every line of a demonstrations file, or the Invert-SFT ones when path is empty; without those of a task that
+    cannot use their sample. Raises ValueError, which names the line."""
+    usable = {name: {sample.id for sample in tasks.usable(samples, task)} for name, task in tasks.TASKS.items()}
     if not path:
-        return [(s, tasks.TASKS["VD"], f"<think>{s.query}</think> <answer>{s.query}</answer>")
-                for s in samples if s.id in with_verb]
+        return [Demonstration(s, tasks.TASKS["VD"], f"<think>{s.query}</think> <answer>{s.query}</answer>")
+                for s in samples if s.id in usable["VD"]]
     by_id, found = {sample.id: sample for sample in samples}, []
     content = Path(path).read_text(encoding="utf-8", errors="replace").rstrip("\n")
     for number, line in enumerate(content.split("\n"), 1):      # not splitlines(): see data.parse
         try:
             row = json.loads(line)
-            found.append((by_id[row["id"]], tasks.TASKS[row["task"]], data.text(row["completion"])))
+            found.append(Demonstration(by_id[row["id"]], tasks.TASKS[row["task"]], data.text(row["completion"])))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no demonstration ({error!r}); it needs the id of a sample, a task "
                              f"({', '.join(tasks.TASKS)}) and a completion") from error
-    return [row for row in found if not row[1].segment or row[0].id in with_verb]
+    return [each for each in found if each.sample.id in usable[each.task.name]]
 
 
 def main(config: Config) -> None:
@@ -83,62 +92,44 @@ def main(config: Config) -> None:
     launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
                          "workers", "keep", "max_bad_steps")
     launch.check_output(config.output)
-    model.check(config.model)
+    model.check_folder(config.model)
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
-    rows = read_demonstrations(config.demonstrations, samples)
-    if not rows:
+    demonstrations = read_demonstrations(config.demonstrations, samples)
+    if not demonstrations:
         raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
                          "give demonstrations of TVG, or other annotations")
     policy, encoder = model.load(config.model)
-    policy = model.shard(policy)
+    policy = sharding.shard(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = video.Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
-                        total_pixels=config.total_pixels)
-
-    def make(row: tuple) -> tuple[model.Prompt, torch.Tensor]:
-        sample, task, text = row
-        target = encoder.tokenizer(text + model.STOP_TOKENS[0])["input_ids"]
-        return tasks.prepare(sample, task, encoder, load), torch.tensor(target)
-
+    load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
         if steps:
             launch.write_config(config, run.output)
         checkpoint.rewind(run.output / "metrics.jsonl", run.step)
-        tqdm.write(f"{len(rows)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
+        tqdm.write(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
                    f"{len(data.missing(samples))} videos missing")
         for note in (*(f"rejected {item}" for item in rejected), *run.notes):
             tqdm.write(note)
 
-    def prepare(step: int) -> list:
-        share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        return data.pick_all(rows, share, config.seed, make, config.workers)
+    def tokenize(each: Demonstration) -> tuple[model.Prompt, torch.Tensor]:
+        target = encoder.tokenizer(each.completion + model.STOP_TOKENS[0])["input_ids"]
+        return tasks.prepare(each.sample, each.task, encoder, load), torch.tensor(target)
 
-    with launch.stop_signals() as stop, data.prefetched(prepare, steps, load) as batches:
+    def draw_batch(step: int) -> list[stream.Picked]:
+        share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
+        return stream.pick_all(demonstrations, share, config.seed, tokenize, config.workers)
+
+    with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
         began = time.perf_counter()
-        for step, picked in (bar := tqdm(batches, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
-                                         dynamic_ncols=True)):
-            prompts, targets = zip(*(made for _, made, _ in picked))
-            bad = launch.gather([str(error) for _, _, errors in picked for error in errors])
-            total = sum(launch.gather([sum(map(len, targets))]))                # tokens, over all processes
-            size, mean = config.per_pass or len(targets), 0.0
-            for i in range(0, len(targets), size):
-                completions = pad_sequence(targets[i:i + size], batch_first=True)[:, None]              # (B, 1, C)
-                mask = pad_sequence([torch.ones_like(t) for t in targets[i:i + size]], batch_first=True)[:, None]
-                logp = grpo.logprobs(policy, prompts[i:i + size], completions, mask)
-                loss = -logp.sum() / total
-                (loss * world).backward()                                       # FSDP averages, the loss wants the sum
-                mean += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        for step, batch in (bar := tqdm(batches, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
+                                        dynamic_ncols=True)):
+            bad = launch.gather([str(error) for picked in batch for error in picked.errors])
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
-            numbers = {"loss": sum(launch.gather([mean])), "grad_norm": launch.whole(norm)}
-            if not launch.not_finite(numbers):
-                optimizer.step()
-            optimizer.zero_grad()
-            numbers = run.count(step, numbers)
+            numbers = run.count(step, take_step(config, policy, optimizer, [picked.made for picked in batch], world))
             if rank == 0:
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
                 for error in bad:
@@ -150,6 +141,26 @@ def main(config: Config) -> None:
                 sys.exit(0)
             began = time.perf_counter()
         model.save(policy, encoder, run.output / "model")
+
+
+def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optimizer,
+              batch: list[tuple[model.Prompt, torch.Tensor]], world: int) -> dict[str, float]:
+    """One AdamW step on (prompt, target tokens) of all processes; left out when loss or gradient is not finite."""
+    total = sum(launch.gather([sum(len(target) for _, target in batch)]))       # tokens, over all processes
+    size, mean = config.per_pass or len(batch), 0.0
+    for some in (batch[i:i + size] for i in range(0, len(batch), size)):
+        prompts, targets = zip(*some)
+        completions = pad_sequence(targets, batch_first=True)[:, None]                                      # (B, 1, C)
+        mask = pad_sequence([torch.ones_like(target) for target in targets], batch_first=True)[:, None]
+        loss = -grpo.logprobs(policy, list(prompts), completions, mask).sum() / total
+        (loss * world).backward()       # FSDP averages, the loss wants the sum
+        mean += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    numbers = {"loss": sum(launch.gather([mean])), "grad_norm": launch.full_norm(norm)}
+    if not launch.not_finite(numbers):
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The four tasks: what the model is asked, what it sees, how its completion is rewarded, and the draw between them.
+"""The four tasks: what the model is asked, what it sees, how its completions are rewarded, and the draw between them.
 
 Algorithm 1, lines 6-15: every step draws TVG with probability p, else one of the inversion tasks uniformly
 (Eq. 12, 13), one task for the whole batch. TVG sees the whole video; an inversion task sees the annotated segment,
@@ -6,10 +6,17 @@ which is TVG's answer, and is asked for what TVG is told (Eq. 1, 2).
 
 A new inversion task is one reward function in rewards.py and one `Task(...)` here.
 
+    python tasks.py AR "a person walks away and laughs" "<think>a path</think> <answer>walking</answer>"
+    python tasks.py TVG "a person laughs" "<think>late</think> <answer>2.0 to 8.0</answer>" --segment 1.0 7.5
+
 Departures from the paper:
 1. Its prompts are used with the answer's format spelled out behind them, since the format is rewarded (Eq. 9).
 2. In VC every verb of the query is masked, since Eq. 5 compares all of them.
 """
+import argparse
+import json
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +31,12 @@ from rewards import Reward
 @dataclass(frozen=True)
 class Task:
     name: str
-    template: str                               # may hold {query}, or {masked}: the query with [] for each verb
-    segment: bool                               # sees the annotated segment only, not the whole video
-    reward: Callable[[str, Sample], Reward]     # (completion, sample) -> named parts; their sum is Eq. 10 or 11
+    template: str               # may hold {query}, or {masked}: the query with [] for each verb
+    part: str                   # the name of its own part of the reward, beside "format"
+    reward: Callable[[list[str], list[Sample]], list[Reward]]   # completions, each with the sample it is about
+    sees_segment: bool = True   # of the video only the annotated segment
+    inversion: bool = True      # is drawn with probability 1 - p
+    needs_verb: bool = True     # a query without a verb cannot be asked or rewarded
 
     def prompt(self, sample: Sample) -> str:
         return self.template.format(query=sample.query, masked=mask_verbs(sample.query))
@@ -35,21 +45,21 @@ class Task:
 FORM = "Reply as <think>your thoughts</think> <answer>{}</answer>"
 TASKS = {task.name: task for task in (
     Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
-         segment=False, reward=rewards.tvg),
+         "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),
     Task("VC", 'Add a verb for the event "{masked}" based on the video. ' + FORM.format("the whole sentence"),
-         segment=True, reward=rewards.vc),
+         "vc", rewards.vc),
     Task("AR", "Use a verb to describe the event based on the video. " + FORM.format("one verb"),
-         segment=True, reward=rewards.ar),
+         "ar", rewards.ar),
     Task("VD", "Describe what people have done based on the video. " + FORM.format("one sentence"),
-         segment=True, reward=rewards.vd),
+         "vd", rewards.vd),
 )}
-INVERSIONS = tuple(name for name, task in TASKS.items() if task.segment)
+INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
 def mask_verbs(query: str) -> str:
     """'a person closed the door' -> 'a person [] the door'; nothing but the verbs changes."""
-    for start, end, _ in reversed(rewards.verb_spans(query)):
-        query = query[:start] + "[]" + query[end:]
+    for verb in reversed(rewards.find_verbs([query])[0]):
+        query = query[:verb.start] + "[]" + query[verb.end:]
     return query
 
 
@@ -60,18 +70,50 @@ def draw(step: int, seed: int, tvg_prob: float, names: list[str]) -> Task:
     return TASKS["TVG"] if rng.random() < tvg_prob else TASKS[names[rng.integers(len(names))]]
 
 
-def with_verb(samples: list[Sample]) -> list[Sample]:
-    """The samples that an inversion task can use: there must be a verb to ask for."""
-    found = rewards.verbs_of([sample.query for sample in samples])
+def usable(samples: list[Sample], task: Task) -> list[Sample]:
+    """The samples that a task can use."""
+    if not task.needs_verb:
+        return samples
+    found = rewards.verbs([sample.query for sample in samples])
     return [sample for sample, verbs in zip(samples, found) if verbs]
 
 
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
-    """What the model sees of a sample: load(path, start, end) gives the clip, an inversion task gets the segment of it.
+    """What the model sees of a sample: load(path, start, end) gives the clip, of which a task may see the segment only.
 
     Raises VideoError when the video cannot be read.
     """
     clip = load(sample.video, sample.video_start, sample.video_end)
-    if task.segment:
+    if task.sees_segment:
         clip = clip.cut(sample.start, sample.end)
     return encoder.encode(task.prompt(sample), clip)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the reward of one completion as a JSON line; returns the exit code, 2 for a wrong command."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("task", help=" or ".join(TASKS))
+    parser.add_argument("query")
+    parser.add_argument("completion", help="the whole text of the model, tags included")
+    parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
+    parser.add_argument("--cosine", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
+    args = parser.parse_args(argv)
+    task, (start, end) = TASKS.get(args.task), args.segment or (0.0, math.inf)
+    wrong = None
+    if task is None:
+        wrong = f"there is no task {args.task!r}, take one of {', '.join(TASKS)}"
+    elif task.part == "iou" and args.segment is None:
+        wrong = "TVG needs the true segment in seconds: --segment START END"
+    elif args.segment and not (0 <= start < end < math.inf):
+        wrong = f"--segment {start:g} {end:g}: give a start from 0 s on and an end after it"
+    if wrong:
+        print(f"tasks.py: {wrong}", file=sys.stderr)
+        return 2
+    options = {"by_cosine": True} if args.cosine and task.part != "iou" else {}
+    reward, = task.reward([args.completion], [Sample("", "", args.query, start, end, None)], **options)
+    print(json.dumps({**reward.parts, "total": reward.total}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,22 +14,31 @@ from rewards import (
     answer,
     ar,
     cosine,
+    find_verbs,
     format_reward,
     iou,
-    main,
+    segment,
     similarity,
-    span,
     tvg,
     vc,
     vd,
-    verb_base,
-    verb_spans,
     verbs,
-    verbs_of,
+    word_lemmas,
 )
+from tasks import main
 
 JUNK = ["", " ", "\n\t", ".", "?!...", "[]", "\x00\x01\x1b[31m", "\ud800\udfff walks", "\N{ZERO WIDTH JOINER}\u202e",
         "🏃🏽‍♀️" * 50, "走路", "a" * 100_000, " " * 100_000, "walks " * 20_000, "<" * 100_000, "1" * 100_000]
+
+
+def verbs_in(text):
+    return verbs([text])[0]
+
+
+def one(reward, completion, query, **options):
+    """The Reward of a batch of one."""
+    found, = reward([completion], [query], **options)
+    return found
 
 
 def said(text, think="because"):
@@ -56,30 +65,31 @@ def sample(query="", start=2.0, end=8.0):
     ("the green square spins", {"spin"}),                      # and takes "square" for one before "spins"
     ("a man is riding a horse", {"ride"}), ("a man rides a horse", {"ride"}), ("a man rode a horse", {"ride"}),
     ("the sun shines", {"shine"}), ("she is putting it down", {"put"}), ("a girl is singing", {"sing"}),
-    ("a person is in the kitchen.", set()), ("a dress.", set()), ("the open door", set()), ("the kitchen, a phone", set()),
+    ("a person is in the kitchen.", set()), ("a dress.", set()), ("the open door", set()),
+    ("the kitchen, a phone", set()),
     ("a person", set()), ("is", set()), ("", set()), ("!", set()),
 ])
 def test_verbs_are_the_base_forms_of_a_sentence(text, expected):
-    assert verbs(text) == expected
+    assert verbs_in(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a person walks away and laughs", "person open door.", "a person dresses.",
                                   "  two spaces  before the person  sits ", "\ud800 a person runs", "she 🏃 ran off"])
 def test_spans_point_at_the_verbs_as_written_and_masking_leaves_the_rest(text):
-    found = verb_spans(text)
+    found = find_verbs([text])[0]
     assert found and [start for start, _, _ in found] == sorted(start for start, _, _ in found)
-    assert {form for _, _, form in found} == verbs(text)
+    assert {form for _, _, form in found} == verbs_in(text)
     masked, rest = text, text
     for start, end, form in reversed(found):
-        assert form in verb_base(text[start:end])
+        assert form in word_lemmas(text[start:end])
         masked, rest = masked[:start] + "[]" + masked[end:], rest[:start] + rest[end:]
     assert masked.count("[]") == len(found) and masked.replace("[]", "") == rest
     assert masked.replace("[]", "{}").format(*(text[start:end] for start, end, _ in found)) == text
 
 
 def test_masked_spans_by_hand():
-    assert verb_spans("Person closed the door") == [(7, 13, "close")]
-    assert verb_spans("person open door.") == [(7, 11, "open")]
+    assert find_verbs(["Person closed the door"]) == [((7, 13, "close"),)]
+    assert find_verbs(["person open door."]) == [((7, 11, "open"),)]
 
 
 @pytest.mark.parametrize("word, expected", [
@@ -90,31 +100,31 @@ def test_masked_spans_by_hand():
     ("walk,run", set()), ("a" * 41, set()), ("walk2", set()),
 ])
 def test_a_lone_word_is_read_as_a_verb(word, expected):
-    assert verb_base(word) == expected
+    assert word_lemmas(word) == expected
 
 
 def test_batches_read_like_single_texts_and_fill_the_cache(monkeypatch):
     texts = ["a person walks away", "a person dresses.", "", None, "person open door.", "a person walks away", *JUNK]
-    monkeypatch.setattr(rewards, "_read", {})
-    batched = verbs_of(texts)
+    monkeypatch.setattr(rewards, "_found", {})
+    batched = verbs(texts)
     monkeypatch.setattr(rewards, "spacy_model", None)   # nothing is left to be tagged
-    assert [verbs(text or "") for text in texts] == batched
+    assert [verbs_in(text or "") for text in texts] == batched
     monkeypatch.undo()
-    monkeypatch.setattr(rewards, "_read", {})
-    assert [verbs(text or "") for text in texts] == batched
+    monkeypatch.setattr(rewards, "_found", {})
+    assert [verbs_in(text or "") for text in texts] == batched
 
 
 def test_the_cache_is_bounded_and_a_batch_may_be_larger(monkeypatch):
-    monkeypatch.setattr(rewards, "_read", {})
+    monkeypatch.setattr(rewards, "_found", {})
     monkeypatch.setattr(rewards, "CACHE", 2)
-    assert verbs_of(["he runs", "he sits", "he laughs", "he eats"]) == [{"run"}, {"sit"}, {"laugh"}, {"eat"}]
-    assert list(rewards._read) == ["he laughs", "he eats"]
-    assert verbs("he runs") == {"run"} and len(rewards._read) == 2
+    assert verbs(["he runs", "he sits", "he laughs", "he eats"]) == [{"run"}, {"sit"}, {"laugh"}, {"eat"}]
+    assert list(rewards._found) == ["he laughs", "he eats"]
+    assert verbs_in("he runs") == {"run"} and len(rewards._found) == 2
 
 
 def test_only_the_beginning_of_a_long_text_is_read():
     text = "the door. " * 300 + "a person laughs."
-    assert "laugh" not in verbs(text) and "laugh" in verbs(text[-rewards.LIMIT:])
+    assert "laugh" not in verbs_in(text) and "laugh" in verbs_in(text[-rewards.LIMIT:])
 
 
 def test_a_missing_model_is_one_line_with_the_way_out(monkeypatch):
@@ -132,9 +142,11 @@ def test_a_missing_model_is_one_line_with_the_way_out(monkeypatch):
     (said("2 and 8"), True, 0), (said("from 2 to 8"), True, 0), (said("2 - 8"), True, 0), (said("-2 to 8"), True, 0),
     (said("1e5 to 2e5"), True, 0), (said("nan to inf"), True, 0), (said("٢ to ٨"), True, 0), (said("²to 8"), True, 0),
     (said("00:02 to 00:08"), True, 0), (said(""), True, 0), (said("2. to .8"), True, 0), (said("[2 to 8]"), True, 0),
-    (said("walk"), False, 1), (said("."), False, 1), (said(""), False, 0), (said(" \n"), False, 0), (said("[]"), False, 0),
+    (said("walk"), False, 1), (said("."), False, 1), (said(""), False, 0), (said(" \n"), False, 0),
+    (said("[]"), False, 0),
     ("<answer>walk</answer>", False, 0), ("<think>a</think>walk", False, 0), ("walk", False, 0), ("", False, 0),
-    ("x" + said("walk"), False, 0), (said("walk") + "x", False, 0), ("<think>a</think> so <answer>b</answer>", False, 0),
+    ("x" + said("walk"), False, 0), (said("walk") + "x", False, 0),
+    ("<think>a</think> so <answer>b</answer>", False, 0),
     (said("walk") + said("run"), False, 0), (said("walk") + "<answer>run</answer>", False, 0),
     ("<think>a<think>b</think></think><answer>c</answer>", False, 0), (said("<answer>walk</answer>"), False, 0),
     ("<think>a <answer>b</answer></think>", False, 0), ("<answer>b</answer><think>a</think>", False, 0),
@@ -162,15 +174,16 @@ def test_answer(completion, expected):
     (said("nan to inf"), None), (said("٢ to ٨"), None), (said("1٢ to 8"), None), (said("00:02 to 00:08"), None),
     (said("1 to two"), None), (said("1to2"), None), ("", None),
 ])
-def test_span(completion, expected):
-    assert span(completion) == expected
+def test_segment(completion, expected):
+    assert segment(completion) == expected
 
 
 INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize("pred, true, expected", [
-    ((2, 8), (2, 8), 1), ((0, 4), (2, 8), 2 / 8), ((3, 5), (2, 8), 2 / 6), ((0, 16), (2, 8), 6 / 16), ((4, 10), (2, 8), 4 / 8),
+    ((2, 8), (2, 8), 1), ((0, 4), (2, 8), 2 / 8), ((3, 5), (2, 8), 2 / 6), ((0, 16), (2, 8), 6 / 16),
+    ((4, 10), (2, 8), 4 / 8),
     ((0, 1), (2, 8), 0), ((0, 2), (2, 8), 0), ((8, 2), (2, 8), 0), ((5, 5), (2, 8), 0), ((2, 8), (8, 2), 0),
     ((2, 8), (3, 3), 0), ((3, 3), (3, 3), 0), (None, (2, 8), 0), ((NAN, 8), (2, 8), 0), ((2, NAN), (2, 8), 0),
     ((0, INF), (2, 8), 0), ((-INF, INF), (2, 8), 0), ((2, 8), (2, INF), 0), ((-1e308, 1e308), (2, 8), 0),
@@ -183,29 +196,33 @@ def test_iou_by_hand(pred, true, expected):
 # the reward of each task
 
 @pytest.mark.parametrize("completion, form, overlap", [
-    (said("2 to 8"), 1, 1), (said("5 to 8"), 1, 0.5), (said("8 to 2"), 1, 0), (said("from 2 to 8 s"), 0, 1), ("2 to 8", 0, 1),
+    (said("2 to 8"), 1, 1), (said("5 to 8"), 1, 0.5), (said("8 to 2"), 1, 0), (said("from 2 to 8 s"), 0, 1),
+    ("2 to 8", 0, 1),
     (said("9" * 400 + " to " + "9" * 401), 1, 0), (said("0 to " + "9" * 400), 1, 0), (said("laughs"), 0, 0), ("", 0, 0),
 ])
 def test_tvg(completion, form, overlap):
-    reward = tvg(completion, sample())
+    reward = one(tvg, completion, sample())
     assert reward == Reward({"format": form, "iou": overlap}) and reward.total == form + overlap
 
 
 @pytest.mark.parametrize("query, text, expected", [
-    ("Person closed the door", "Person [closes] the door", 1), ("person closes the door.", "Person is closing a door", 1),
+    ("Person closed the door", "Person [closes] the door", 1),
+    ("person closes the door.", "Person is closing a door", 1),
     ("Person closed the door", "Person [opens] the door", 0), ("Person closed the door", "Person [] the door", 0),
     ("Person closed the door", "Person [closes, opens, walks, sits] the door", 0),
     ("Person closed the door", "a person closes the door and sits", 0), ("Person closed the door", "", 0),
-    ("Person closed the door", "closes", 1), ("Person closed the door", "[Closing].", 1), ("Person closed the door", "opens", 0),
+    ("Person closed the door", "closes", 1), ("Person closed the door", "[Closing].", 1),
+    ("Person closed the door", "opens", 0),
     ("Person closed the door", "the door", 0), ("Person closed the door", "closes, opens", 0),
     ("a person walks away and laughs", "a person [laughed] and [walked] away", 1),
-    ("a person walks away and laughs", "a person [walks] away and [walks]", 0), ("a person walks away and laughs", "walks", 0),
+    ("a person walks away and laughs", "a person [walks] away and [walks]", 0),
+    ("a person walks away and laughs", "walks", 0),
     ("person open door.", "person [opens] door.", 1), ("a person dresses.", "a person [dressed].", 1),
     ("a person is undressing.", "a person is undressing.", 1),
     ("a person is in the kitchen.", "a person is in the kitchen.", 0), ("", "", 0), ("a person", "nothing", 0),
 ])
 def test_vc(query, text, expected):
-    assert vc(said(text), sample(query)) == Reward({"format": float(bool(answer(said(text)))), "vc": expected})
+    assert one(vc, said(text), sample(query)) == Reward({"format": float(bool(answer(said(text)))), "vc": expected})
 
 
 @pytest.mark.parametrize("query, text, expected", [
@@ -217,11 +234,12 @@ def test_vc(query, text, expected):
     ("A person walks away and laughs", "a person walks", 0), ("A person walks away and laughs", "is", 0),
     ("A person walks away and laughs", "", 0), ("A person walks away and laughs", "...", 0),
     ("person open door.", "opening", 1), ("a person dresses.", "dress", 1), ("a person is undressing.", "undresses", 1),
-    ("a person is awakening in bed.", "awakens", 1), ("a man rides a horse", "riding", 1), ("a person takes a bag", "took", 1),
+    ("a person is awakening in bed.", "awakens", 1), ("a man rides a horse", "riding", 1),
+    ("a person takes a bag", "took", 1),
     ("a person is in the kitchen.", "", 0), ("a person is in the kitchen.", "is", 0), ("", "walk", 0),
 ])
 def test_ar(query, text, expected):
-    assert ar(said(text), sample(query)) == Reward({"format": float(bool(text)), "ar": expected})
+    assert one(ar, said(text), sample(query)) == Reward({"format": float(bool(text)), "ar": expected})
 
 
 @pytest.mark.parametrize("query, text, expected", [
@@ -234,32 +252,36 @@ def test_ar(query, text, expected):
     ("", "", 0),
 ])
 def test_vd(query, text, expected):
-    assert vd(said(text), sample(query)) == Reward({"format": float(bool(text)), "vd": expected})
+    assert one(vd, said(text), sample(query)) == Reward({"format": float(bool(text)), "vd": expected})
 
 
 @pytest.mark.parametrize("reward, name", [(vc, "vc"), (ar, "ar"), (vd, "vd")])
-@pytest.mark.parametrize("completion", ["closes", "<answer>closes</answer>" * 2, "<answer>closes", "", "<think>closes</think>"])
+@pytest.mark.parametrize("completion", ["closes", "<answer>closes</answer>" * 2, "<answer>closes", "",
+                                        "<think>closes</think>"])
 def test_without_one_answer_block_there_is_no_inversion_reward(reward, name, completion):
     query = sample("Person closed the door")
-    assert reward("<answer>Closing</answer>", query).parts == {"format": 0, name: 1.0}
-    assert reward(completion, query).parts == {"format": 0, name: 0}
+    assert one(reward, "<answer>Closing</answer>", query).parts == {"format": 0, name: 1.0}
+    assert one(reward, completion, query).parts == {"format": 0, name: 0}
 
 
 @pytest.mark.parametrize("reward, name", [(vc, "vc"), (ar, "ar"), (vd, "vd")])
 def test_cosine_is_graded_between_0_and_the_binary_reward(reward, name):
     query = sample("a person runs")
-    score = {text: reward(said(text), query, by_cosine=True).parts[name] for text in ("running", "eating", "", "the the")}
+    score = {text: one(reward, said(text), query, by_cosine=True).parts[name]
+             for text in ("running", "eating", "", "the the")}
     assert score["running"] == 1 and 0 <= score["eating"] < 1 and score[""] == score["the the"] == 0
-    assert reward(said("running"), sample("the kitchen"), by_cosine=True).parts[name] == 0
+    assert one(reward, said("running"), sample("the kitchen"), by_cosine=True).parts[name] == 0
 
 
 def test_cosine_by_hand(monkeypatch):
-    monkeypatch.setattr(rewards, "similarity", lambda a, b: {("eat", "run"): 0.2, ("run", "walk"): 0.6}.get((a, b), float(a == b)))
+    monkeypatch.setattr(rewards, "similarity", lambda a,
+                        b: {("eat", "run"): 0.2, ("run", "walk"): 0.6}.get((a, b), float(a == b)))
     assert cosine(frozenset({"run"}), frozenset({"eat", "walk"})) == 0.6
     assert cosine(frozenset({"eat", "walk"}), frozenset({"run"})) == pytest.approx(0.4)
-    assert vc(said("he is eating and walking"), sample("he runs"), by_cosine=True).parts["vc"] == pytest.approx(0.4)
-    assert vd(said("he is eating and walking"), sample("he runs"), by_cosine=True).parts["vd"] == 0.6
-    assert ar(said("walk"), sample("he is eating and running"), by_cosine=True).parts["ar"] == 0.6
+    assert one(vc, said("he is eating and walking"), sample("he runs"),
+               by_cosine=True).parts["vc"] == pytest.approx(0.4)
+    assert one(vd, said("he is eating and walking"), sample("he runs"), by_cosine=True).parts["vd"] == 0.6
+    assert one(ar, said("walk"), sample("he is eating and running"), by_cosine=True).parts["ar"] == 0.6
 
 
 def test_similarity_is_symmetric_and_tells_verbs_apart():
@@ -271,27 +293,31 @@ def test_similarity_is_symmetric_and_tells_verbs_apart():
 
 @pytest.mark.parametrize("text", JUNK, ids=range(len(JUNK)))
 def test_junk_never_raises(text):
-    assert all(start < end <= len(text) for start, end, _ in verb_spans(text)) and isinstance(verb_base(text), frozenset)
+    assert all(start < end <= len(text) for start, end, _ in find_verbs([text])[0]) and isinstance(word_lemmas(text),
+                                                                                                   frozenset)
     for completion in (text, said(text), f"<answer>{text}", said("2 to 8", think=text)):
         for reward in (tvg, vc, ar, vd):
             for query in ("a person walks", text):
-                assert all(0 <= part <= 1 for part in reward(completion, sample(query)).parts.values())
+                assert all(0 <= part <= 1 for part in one(reward, completion, sample(query)).parts.values())
 
 
-@pytest.mark.parametrize("piece", ["<think>", "</think>", "<answer>", "<think></think><answer>", "</think> <answer></answer>",
+@pytest.mark.parametrize("piece", ["<think>", "</think>", "<answer>", "<think></think><answer>",
+                                   "</think> <answer></answer>",
                                    "1 to ", "1 ", "1", "1.", "1 to 1 to ", "1 and 2e", " ", "1 s s", "9 seconds "])
 def test_parsing_takes_linear_time_on_adversarial_text(piece):
     text = piece * (200_000 // len(piece))
     began = time.perf_counter()
     for completion in (text, said(text), "<think></think>" + text, "<answer>1" + text, said("1" + text + "to 2x")):
-        format_reward(completion, timed=True), format_reward(completion, timed=False), answer(completion), span(completion)
+        format_reward(completion, timed=True), format_reward(completion,
+                                                             timed=False), answer(completion), segment(completion)
     assert time.perf_counter() - began < 2   # a quadratic pattern takes minutes
 
 
 # command line
 
 @pytest.mark.parametrize("argv, expected", [
-    (["AR", "a person walks away and laughs", "<think>..</think> <answer>walking</answer>"], {"format": 1, "ar": 1, "total": 2}),
+    (["AR", "a person walks away and laughs", "<think>..</think> <answer>walking</answer>"],
+     {"format": 1, "ar": 1, "total": 2}),
     (["TVG", "a person laughs", said("2 to 8"), "--segment", "2", "5"], {"format": 1, "iou": 0.5, "total": 1.5}),
     (["VC", "Person closed the door", said("Person [opens] it")], {"format": 1, "vc": 0, "total": 1}),
     (["VD", "a person jumps", said("jumping"), "--cosine"], {"format": 1, "vd": 1, "total": 2}),
@@ -307,3 +333,14 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(argv, hint, capsys):
     assert main(argv) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and hint in printed.err
+
+
+def test_a_batch_pays_what_its_completions_do():
+    queries = ["a person walks away and laughs", "Person closed the door", "the kitchen", "a person opens the door"] * 3
+    texts = [said(text) for text in ("he walks and laughs", "closes", "walk", "2 to 8", "", "opening it")] * 2
+    for reward in (tvg, vc, ar, vd):
+        found = reward(texts, [sample(query) for query in queries])
+        assert found == [one(reward, text, sample(query)) for text, query in zip(texts, queries)]
+        assert len({each.total for each in found}) > 1
+        with pytest.raises(ValueError):
+            reward(texts, [sample("he runs")])

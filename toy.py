@@ -27,7 +27,7 @@ import rewards
 import sft
 import tasks
 import train
-from support import launch, plot, video
+from support import launch, plot, scores, video
 from support.launch import flag
 
 SIZE, FPS, LONGEST = 28, 4, 16          # pixels, frames a second, seconds
@@ -137,7 +137,8 @@ def write_world(folder: Path, seed: int, train_videos: int, test_videos: int) ->
                                    for task in ("TVG", "TVG", "VC", "AR", "VD")]
         launch.write_whole(folder / f"{split}.txt", "".join(lines))
         if split == "train":
-            launch.write_whole(folder / "demonstrations.jsonl", "".join(json.dumps(row) + "\n" for row in demonstrations))
+            text = "".join(json.dumps(row) + "\n" for row in demonstrations)
+            launch.write_whole(folder / "demonstrations.jsonl", text)
 
 
 def write_model(folder: Path, world: Path, seed: int) -> None:
@@ -200,7 +201,7 @@ def main(config: Config) -> dict[str, dict]:
     launch.check_numbers(config, "steps", "learning_rate", "prompts_per_step", "warm_steps")
     launch.check_output(config.output)
     if config.warm_start:
-        model.check(config.warm_start)
+        model.check_folder(config.warm_start)
     world, small = Path(config.output), config.steps < 20
     if world.exists() and any(world.iterdir()):
         raise ValueError(f"--output {world} is not empty; delete it or give another folder")
@@ -238,11 +239,11 @@ def main(config: Config) -> dict[str, dict]:
 
     columns = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", *tasks.INVERSIONS)
     print(f"\n{rows['warm start']['queries']} held-out queries" + "".join(f"{c:>8}" for c in columns))
-    for name, scores in rows.items():
-        print(f"{name:<22}" + "".join(f"{scores[c]:8.3f}" if c in scores else f"{'-':>8}" for c in columns))
+    for name, values in rows.items():
+        print(f"{name:<22}" + "".join(f"{values[c]:8.3f}" if c in values else f"{'-':>8}" for c in columns))
     before, after = (read_answers(world / name) for name in ("test_warm_start", "test_grpo"))
     print("mIoU gained by GRPO: %+.3f, 95 %% interval %+.3f to %+.3f" %
-          evaluate.gain(list(before.values()), list(after.values())))
+          scores.difference(list(before.values()), list(after.values())))
     plot.curves(world / "grpo", world / "curves.png")
     draw_examples(world, before, after)
     launch.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
@@ -253,7 +254,8 @@ def main(config: Config) -> dict[str, dict]:
 def score_fixed_answer(world: Path) -> dict[str, float]:
     """Scores of one answer for all test queries, the one that does best in training: what a model reaches that has
     seen neither video nor query."""
-    train_set, test_set = (data.read(str(world / f"{split}.txt"), str(world / "videos"))[0] for split in ("train", "test"))
+    train_set, test_set = (data.read(str(world / f"{split}.txt"), str(world / "videos"))[0]
+                           for split in ("train", "test"))
     ious = lambda samples, span: [rewards.iou(span, (sample.start, sample.end)) for sample in samples]
     spans = [(start, end) for start in range(LONGEST) for end in range(start + 1, LONGEST + 1)]
     best = max(spans, key=lambda span: sum(ious(train_set, span)))

@@ -5,8 +5,9 @@ Tokens are packed without any padding into one sequence, all prompts first, then
     [prompt_1] ... [prompt_B] [o_11] ... [o_1G] ... [o_B1] ... [o_BG]
 
 so that every layer that works token by token works on real tokens only. Attention is the one place where tokens meet:
-a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not with
-(P + G C)^2 as under one mask for all, which is never stored. (On CPUs, and in fp32, sdpa makes one of C x (P + C).)
+a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not
+with (P + G C)^2 as under one mask for all, which is never stored. (On CPUs, and in fp32, sdpa makes one of
+C x (P + C).)
 
 transformers' layers call `attention` through its registry of attention functions; what to do is told by the object
 in place of a mask: `Packed` for whole sequences, `Decoding` for one new token a row. With any other mask it is
@@ -14,6 +15,7 @@ transformers' own sdpa.
 """
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -32,11 +34,12 @@ class Packed:
         self.groups = []
         for lengths in completions:
             real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]              # (G, C)
-            columns = (real.flatten().cumsum(0) - 1).clamp(min=0).to(device)                # (G * C,), any where not real
+            columns = (real.flatten().cumsum(0) - 1).clamp(min=0).to(device)        # (G * C,), any where not real
             self.groups.append((real.shape, columns, real.flatten().nonzero()[:, 0].to(device)))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
-        """query (1, heads, N, d), key and value (1, key heads, N, d) -> (1, N, heads, d)."""
+    def attend(self, query: Float[Tensor, "1 heads N d"], key: Float[Tensor, "1 key_heads N d"],
+               value: Float[Tensor, "1 key_heads N d"], scale: float, layer: int) -> Float[Tensor, "1 N heads d"]:
+        """A layer's attention of all tokens, prompts and completions."""
         if self.kept is not None:
             self.kept[layer] = key, value
         sdpa = F.scaled_dot_product_attention
@@ -65,12 +68,13 @@ class Decoding:
         self.beyond = beyond.to(packed.kept[0][0].device) if beyond.any() else None
         self.prompts, self.own = {}, {}
         for layer, kept in packed.kept.items():
-            self.prompts[layer] = [pad_sequence(x[0].transpose(0, 1).split(packed.prompts), batch_first=True).transpose(1, 2)
-                                   for x in kept]
+            parts = [x[0].transpose(0, 1).split(packed.prompts) for x in kept]                  # B of (P, heads, d)
+            self.prompts[layer] = [pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts]
             self.own[layer] = [x.new_zeros(len(lengths) * rows, x.shape[1], 64, x.shape[3]) for x in kept]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, layer: int) -> Tensor:
-        """query (1, heads, B * R, d), key and value (1, key heads, B * R, d) -> (1, B * R, heads, d)."""
+    def attend(self, query: Float[Tensor, "1 heads BR d"], key: Float[Tensor, "1 key_heads BR d"],
+               value: Float[Tensor, "1 key_heads BR d"], scale: float, layer: int) -> Float[Tensor, "1 BR heads d"]:
+        """A layer's attention of one new token a row."""
         keys, values = self.prompts[layer]                                                      # (B, key heads, P, d)
         (groups, heads, length, d), rows = keys.shape, self.rows
         if self.tokens == self.own[layer][0].shape[2]:
@@ -90,7 +94,7 @@ class Decoding:
         out = by_row(of_prompt) + weights[..., length:] @ own_values                            # (B * R, heads, rep, d)
         return out.flatten(1, 2)[None]
 
-    def keep(self, groups: Tensor, rows: Tensor) -> None:
+    def keep(self, groups: Int[Tensor, " kept"], rows: Int[Tensor, " chosen"]) -> None:
         """Go on with the prompts `groups` (B',) and, of the B * R rows so far, with `rows` (B' * R',)."""
         self.rows = len(rows) // len(groups)
         for layer in self.own:
@@ -101,7 +105,8 @@ class Decoding:
             self.beyond = self.beyond[groups]
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, **kwargs):
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
+              **kwargs) -> tuple[Tensor, None]:
     """What a decoder layer calls: by the object in place of the mask."""
     if isinstance(attention_mask, (Packed, Decoding)):
         return attention_mask.attend(query, key, value, scaling, module.layer_idx), None
@@ -109,7 +114,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
 
 
 def windows(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_, scaling: float, cu_seq_lens_q: Tensor,
-            **kwargs):
+            **kwargs) -> tuple[Tensor, None]:
     """What a block of the vision tower calls: tokens (1, heads, N, d) -> (1, N, heads, d), each of the windows that
     end at `cu_seq_lens_q` seeing itself. Windows of one length run together: there are hundreds of them, but only a
     few lengths."""

@@ -1,11 +1,11 @@
 """Arrays of bytes on disk, shared by all processes: what was decoded once is read the next time.
 
-An entry is one file: a line of json (the key, the shape, and what else the caller adds), the array's bytes, and a CRC-32
-of both. It is written under a temporary name and renamed, so whoever reads it reads all of it, and of two processes that
-write the same entry the later one wins. An entry that is cut short or altered counts as missing. An entry's modification
-time is when it was last used; when the folder is larger than its limit, those used longest ago are deleted.
+An entry is one file: a line of json (the key, the shape, and what else the caller adds), the array's bytes, and a
+CRC-32 of both. It is written under a temporary name and renamed, so whoever reads it reads all of it, and of two
+processes that write the same entry the later one wins. An entry that is cut short or altered counts as missing. An
+entry's modification time is when it was last used; when the folder is larger than its limit, those used longest ago are
+deleted.
 """
-
 import hashlib
 import json
 import math
@@ -24,15 +24,15 @@ class Cache:
     Nothing here raises for a disk that is full or read-only: it warns once and stops writing.
     """
 
-    def __init__(self, folder, gigabytes=50.0):
+    def __init__(self, folder: str | Path, gigabytes: float = 50.0):
         self.folder, self.limit = Path(folder).absolute(), int(gigabytes * 1e9)
         self.writing, self.unseen = True, math.inf   # bytes written since the folder's size was last looked at
 
-    def path(self, key):
+    def path(self, key: dict) -> Path:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / name[:2] / f"{name[2:]}.frames"
 
-    def get(self, key):
+    def get(self, key: dict) -> tuple[np.ndarray, dict] | None:
         """(array, info), or None if there is no such entry."""
         path = self.path(key)
         try:
@@ -53,7 +53,7 @@ class Cache:
             pass
         return array, info
 
-    def put(self, key, array, info):
+    def put(self, key: dict, array: np.ndarray, info: dict) -> None:
         """Write an entry; `info` is a dict that get returns with the array."""
         if not self.writing:
             return
@@ -68,17 +68,17 @@ class Cache:
             os.chmod(temporary, 0o644)   # readable for other users of the folder
             os.replace(temporary, path)
             self.unseen += len(line) + array.nbytes + 4
-            if self.unseen > self.limit / 50:   # listing the folder is slow, so n processes may exceed the limit by n * 2 %
+            if self.unseen > self.limit / 50:   # listing is slow, so n processes may exceed the limit by n * 2 %
                 self.shrink()
                 self.unseen = 0
         except OSError as error:
             self.writing = False
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached in this run. Free some "
-                          "space or give another folder")
+            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached in this run. Free "
+                          "some space or give another folder")
 
-    def shrink(self):
+    def shrink(self) -> None:
         """If the folder is over its limit, delete what was used longest ago, down to nine tenths of it."""
         entries = []   # (last used, bytes, path), unfinished files of killed processes included
         for folder in os.scandir(self.folder):

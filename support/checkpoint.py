@@ -27,7 +27,7 @@ from support import launch
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
               "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "checkpoint_activations", "gpus", "gpu_memory", "tflops"}     # of a resumed run
+              "checkpoint_activations"}     # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
 
@@ -38,14 +38,14 @@ def tensors(policy, optimizer) -> dict[str, Tensor]:
     return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
 
 
-def whole(output: str | Path) -> list[Path]:
+def finished(output: str | Path) -> list[Path]:
     """The whole checkpoints of a run, the newest last."""
     folders = [f for f in Path(output, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name)]
     return sorted(folders, key=lambda folder: int(folder.name[5:]))
 
 
 def newest(output: str | Path) -> Path | None:
-    return (whole(output) or [None])[-1]
+    return (finished(output) or [None])[-1]
 
 
 def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
@@ -69,7 +69,7 @@ def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
     if first:
         launch.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
         os.replace(unfinished, folder)
-        discard(*whole(folder.parent.parent)[:-keep])
+        discard(*finished(folder.parent.parent)[:-keep])
     launch.gather([])       # nobody goes on, or ends, before it has its name
 
 
@@ -82,7 +82,7 @@ def discard(*folders: Path) -> None:
             shutil.rmtree(rest)
 
 
-def read(folder: Path, policy, optimizer) -> None:
+def restore(folder: Path, policy, optimizer) -> None:
     """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
@@ -96,6 +96,13 @@ def read(folder: Path, policy, optimizer) -> None:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise ValueError(f"{folder}: does not fit --model or is damaged ({cause}); give the model it was made from, or "
                          "delete it to go on from the one before") from error
+
+
+def compare_configs(now: dict, before: dict, may_change: set[str]) -> list[str]:
+    """The names of the flags that have another value, or are in one of the two only."""
+    absent = object()
+    return [name for name in {**before, **now}
+            if name not in may_change and now.get(name, absent) != before.get(name, absent)]
 
 
 class Run:
@@ -138,22 +145,21 @@ class Run:
         elif (self.output / "config.json").is_file():       # killed before its first checkpoint
             self.compare(self.output, json.loads((self.output / "config.json").read_text()))
 
-    def compare(self, place: Path, config: dict) -> None:
-        """Raise ValueError unless the run in `place`, with `config`, is this one."""
-        if other := sorted(asdict(self.config).keys() ^ config.keys()):
+    def compare(self, place: Path, before: dict) -> None:
+        """Raise ValueError unless the run in `place`, with the config `before`, is this one."""
+        now = asdict(self.config)
+        if other := sorted(now.keys() ^ before.keys()):
             raise ValueError(f"{place} was made by another script, or another version of it (--{' --'.join(other)}); "
                              "give another --output")
-        for name, now in asdict(self.config).items():
-            before = config[name]
-            if before != now and name not in MAY_CHANGE:
-                raise ValueError(f"--{name} {now}: {place} was made with {before}; give the same flag to "
-                                 "--resume, or start in another --output")
-            if before != now and name != "resume":
-                self.notes.append(f"--{name} was {before}, is {now} from step {self.step} on")
+        for name in compare_configs(now, before, MAY_CHANGE):
+            raise ValueError(f"--{name} {now[name]}: {place} was made with {before[name]}; give the same flag to "
+                             "--resume, or start in another --output")
+        self.notes += [f"--{name} was {before[name]}, is {now[name]} from step {self.step} on"
+                       for name in compare_configs(now, before, {"resume"})]
 
     def restore(self, policy, optimizer) -> None:
         if self.start:
-            read(self.start, policy, optimizer)
+            restore(self.start, policy, optimizer)
 
     def count(self, step: int, numbers: dict) -> dict:
         """The numbers of a step, and how many steps so far were skipped because such numbers were not finite."""
@@ -187,7 +193,8 @@ class Run:
 
 
 def rewind(path: str | Path, step: int) -> None:
-    """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written again."""
+    """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written
+    again."""
     lines = []
     for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
         try:

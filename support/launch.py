@@ -122,7 +122,7 @@ def gather(mine: list) -> list:
     return [item for part in parts for item in part]
 
 
-def whole(norm: torch.Tensor) -> float:
+def full_norm(norm: torch.Tensor) -> float:
     """A gradient norm that may be spread over the processes, as a number."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 

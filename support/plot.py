@@ -1,8 +1,7 @@
 """Logs and answers -> pictures: how training went, and what the model answers before and after it.
 
-    python plot.py RUN_DIR [RUN_DIR ...] --output curves.png   # folders that hold a metrics.jsonl, or such files
+    python -m support.plot RUN_DIR [RUN_DIR ...] --output curves.png    folders that hold a metrics.jsonl, or such files
 """
-
 import argparse
 import json
 from pathlib import Path
@@ -10,22 +9,24 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from support.video import Clip
+
 plt.switch_backend("Agg")   # pictures are files; no display is needed
 plt.rc("axes.spines", top=False, right=False)
 COLOURS = {"TVG": "#0072B2", "VC": "#D55E00", "AR": "#009E73", "VD": "#CC79A7",   # safe for the colour-blind
            "truth": "#444444", "before": "#E69F00", "after": "#0072B2", "other": "#56B4E9"}
-PANELS = [   # title, keys, label of the y axis, its upper end (None: the data's)
-    ("Total reward", ["reward"], "reward, mean of a step", 2),
-    ("Format reward", ["format"], "share of completions", 1),
-    ("Task reward (IoU; VC, AR, VD)", ["iou", "vc", "ar", "vd"], "reward, mean of a step", 1),
-    ("KL to the reference policy", ["kl"], "nats per token", None),
-    ("Completion length", ["tokens"], "tokens, mean of a step", None),
-    ("Truncated completions", ["truncated"], "share of completions", 1),
-    ("Flat groups (all rewards equal)", ["flat"], "share of groups", 1),
-    ("Gradient norm", ["grad_norm"], "norm before clipping", None)]
+PANELS = [   # title, key, label of the y axis, its upper end (None: the data's)
+    ("Total reward", "reward", "reward, mean of a step", 2),
+    ("Format reward", "format", "share of completions", 1),
+    ("The task's own reward (TVG: IoU)", "own", "reward, mean of a step", 1),
+    ("KL to the reference policy", "kl", "nats per token", None),
+    ("Completion length", "tokens", "tokens, mean of a step", None),
+    ("Truncated completions", "truncated", "share of completions", 1),
+    ("Flat groups (all rewards equal)", "flat", "share of groups", 1),
+    ("Gradient norm", "grad_norm", "norm before clipping", None)]
 
 
-def read(path):
+def read_metrics(path: str | Path) -> list[dict]:
     """The steps in a metrics.jsonl, or in the folder that holds it, as dicts of a task and finite numbers; without a
     torn last line."""
     path = Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
@@ -36,7 +37,8 @@ def read(path):
         try:
             step = json.loads(line)
             numbers = {key: value for key, value in step.items() if type(value) in (int, float) and abs(value) < 1e15}
-            steps.append({**numbers, "task": str(step.get("task", "?")), "step": int(numbers["step"])})
+            steps.append({**numbers, "task": str(step.get("task", "?")), "step": int(numbers["step"]),
+                          "own": numbers.get(step.get("part"))})
         except (ValueError, KeyError, AttributeError, RecursionError) as error:
             if number < len(lines):   # the last one may be half written
                 raise ValueError(f"{path}: line {number} is not the JSON object of a step; remove it") from error
@@ -45,20 +47,20 @@ def read(path):
     return steps
 
 
-def curves(metrics_files, out_png):
+def curves(metrics_files: str | Path | dict[str, str | Path], out_png: str | Path) -> None:
     """Draw the logs of one run (a path) or of several ({name: path}, told apart by line style) into a PNG.
 
     A panel a quantity and a colour a task: faint points are steps, lines running means. ValueError: a bad log.
     """
     files = metrics_files if isinstance(metrics_files, dict) else {"": metrics_files}
-    runs = {name: read(path) for name, path in files.items()}
+    runs = {name: read_metrics(path) for name, path in files.items()}
     present = {step["task"] for steps in runs.values() for step in steps}
     tasks = {task: COLOURS.get(task, COLOURS["other"]) for task in [*COLOURS, *sorted(present)] if task in present}
     styles = dict(zip(runs, ["-", "--", ":", "-."] * len(runs)))
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
-    for axis, (title, keys, label, top) in zip(axes.flat, PANELS):
+    for axis, (title, key, label, top) in zip(axes.flat, PANELS):
         for (name, steps), (task, colour) in ((run, task) for run in runs.items() for task in tasks.items()):
-            points = [(s["step"], s[k]) for s in steps for k in keys if s["task"] == task and s.get(k) is not None]
+            points = [(s["step"], s[key]) for s in steps if s["task"] == task and s.get(key) is not None]
             if points:
                 x, y = np.array(points, dtype=float).T   # (n,), (n,)
                 kernel = np.ones((min(max(len(y) // 8, 5), len(y)) - 1) | 1)   # odd, so that the mean is centred
@@ -77,7 +79,7 @@ def curves(metrics_files, out_png):
     save(figure, out_png)
 
 
-def examples(rows, out_png):
+def examples(rows: list[dict], out_png: str | Path) -> None:
     """Draw answers as bars under the frames of their videos, on one time axis in seconds, into a PNG.
 
     rows: dicts of clip (a Clip), query, truth (start, end), answers and iou {"before": ..., "after": ...}; an answer
@@ -103,9 +105,9 @@ def examples(rows, out_png):
     save(figure, out_png)
 
 
-def strip(axis, clip, ratio=13):
-    """Draw 10 to 16 frames of a Clip between heights 0 and 3, each from its time on, on an axis that is `ratio` times as
-    wide as they are high; what does not fit a frame's place is cut off."""
+def strip(axis: plt.Axes, clip: Clip, ratio: float = 13) -> None:
+    """Draw 10 to 16 frames of a Clip between heights 0 and 3, each from its time on, on an axis that is `ratio` times
+    as wide as they are high; what does not fit a frame's place is cut off."""
     total, _, h, w = clip.frames.shape
     n = min(max(round(ratio * h / w), 10), 16, total)
     x, y = max(w - ratio * h // n, 0) // 2, max(h - w * n // ratio, 0) // 2   # cut off at each side
@@ -115,7 +117,7 @@ def strip(axis, clip, ratio=13):
         axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
 
 
-def save(figure, out_png):
+def save(figure: plt.Figure, out_png: str | Path) -> None:
     """Write a picture whole: to a temporary name, then renamed."""
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)   # inches
@@ -124,7 +126,7 @@ def save(figure, out_png):
     Path(f"{out_png}.part").replace(out_png)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the curves of one or several training runs.")
     parser.add_argument("runs", nargs="+", help="output folders of train.py, or metrics.jsonl files")
     parser.add_argument("--output", default="curves.png", help="the picture to write")

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["grpo", "model", "support.attention", "support.decoding"],      # checks shapes; an int is a float
+                    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import model
 import sft
@@ -56,8 +60,9 @@ def torchrun(script: str, processes: int, config, log) -> subprocess.Popen:
     """The real thing, which takes ten seconds longer."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-         "--rdzv_endpoint=localhost:0", str(Path(__file__).parent.parent / script), *flags(config)], stdout=open(log, "w"),
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+         "--rdzv_endpoint=localhost:0", str(Path(__file__).parent.parent / script), *flags(config)],
+        stdout=open(log, "w"), stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def finish(started: list, seconds: float = 60) -> list[int]:
@@ -83,8 +88,9 @@ def folder(tmp_path_factory):
 def warm(folder):
     """The folder of that model after a minute's schooling: it babbles, so that rewards differ within
     a group; a random model earns nothing at all."""
-    sft.main(sft.Config(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
-                        output=str(folder / "sft"), demonstrations=str(folder / "demonstrations.jsonl"), steps=40,
+    sft.main(sft.Config(model=str(folder / "model"), annotations=str(folder / "train.txt"),
+                        videos=str(folder / "videos"), output=str(folder / "sft"),
+                        demonstrations=str(folder / "demonstrations.jsonl"), steps=40,
                         batch_size=8, learning_rate=2e-3))
     return folder / "sft" / "model"
 

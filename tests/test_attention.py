@@ -1,12 +1,15 @@
 """Attention of packed groups and of the vision tower's windows against the plain form with a mask; dropped rows."""
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 import grpo
+import model
 from support import attention
 from support.attention import Decoding, Packed
+from support.decoding import rows_to_keep
 
 
 def random(*shape, seed=0):
@@ -24,7 +27,8 @@ def plain(query, key, value, looks, scale):
 def who_sees_whom(prompts, completions):
     """The mask of a packed sequence, from a list of (group, completion, place) of every token."""
     tokens = [(b, -1, i) for b, length in enumerate(prompts) for i in range(length)]
-    tokens += [(b, g, i) for b, group in enumerate(completions) for g, length in enumerate(group) for i in range(length)]
+    tokens += [(b, g, i) for b, group in enumerate(completions) for g, length in enumerate(group)
+               for i in range(length)]
     sees = lambda a, b: a[0] == b[0] and (b[1] == -1 != a[1] or a[1] == b[1] and b[2] <= a[2])
     return torch.tensor([[sees(a, b) for b in tokens] for a in tokens])
 
@@ -70,7 +74,7 @@ def test_windows_see_themselves(lengths):
     ends = torch.tensor([0, *lengths]).cumsum(0)
     looks = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     inputs = [random(1, 2, sum(lengths), 8, seed=i) for i in range(3)]
-    out, _ = attention.windows(None, *inputs, None, scaling=0.3, cu_seq_lens_q=ends)
+    out, _ = attention.windows(torch.nn.Identity(), *inputs, None, scaling=0.3, cu_seq_lens_q=ends)
     torch.testing.assert_close(out, plain(*inputs, looks, 0.3))
 
 
@@ -88,9 +92,9 @@ def test_vision_tower_equals_transformers(tiny, monkeypatch):
 
 def test_rows_worth_keeping():
     running = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool()
-    groups, rows = grpo.worth_keeping(running)
+    groups, rows = rows_to_keep(running)
     assert groups.tolist() == [0, 2] and rows.tolist() == [0, 2, 3, 10, 8, 9]
-    assert grpo.worth_keeping(torch.tensor([[True, True, True, True], [True, False, False, False]])) is None
+    assert rows_to_keep(torch.tensor([[True, True, True, True], [True, False, False, False]])) is None
 
 
 def test_stopped_rows_are_not_computed(tiny, prompts, monkeypatch):
@@ -105,7 +109,7 @@ def test_stopped_rows_are_not_computed(tiny, prompts, monkeypatch):
                         attend(self, query, *rest))
     dropped = grpo.rollout(policy, prompts, 4, 12, stops, generators())
     assert seen[0] == 8 and seen[-1] < 8
-    monkeypatch.setattr(grpo, "worth_keeping", lambda running: None)
+    monkeypatch.setattr(grpo, "rows_to_keep", lambda running: None)
     whole = grpo.rollout(policy, prompts, 4, 12, stops, generators())
     assert torch.equal(dropped.completions, whole.completions) and torch.equal(dropped.mask, whole.mask)
     torch.testing.assert_close(dropped.logprobs, whole.logprobs)
@@ -115,12 +119,13 @@ def test_a_video_is_seen_once(tiny, prompts, monkeypatch):
     policy, encoder = tiny
     calls = []
     policy.qwen.model.visual.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    same = [prompts[0], prompts[1], prompts[0]]
-    seen = grpo.see(policy, same)
+    prompts = [replace(prompt, key=(i,)) for i, prompt in enumerate(prompts)]
+    same = [prompts[0], prompts[1], replace(prompts[0])]        # told by the key, not by the object
+    seen = model.see(policy, same)
     assert calls == [len(prompts[0].patches) + len(prompts[1].patches)]
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "PATCHES_AT_ONCE", 1)                   # a pass for each video
-        for one, other in zip(seen, grpo.see(policy, same)):
+        patch.setattr(model, "PATCHES_AT_ONCE", 1)                   # a pass for each video
+        for one, other in zip(seen, model.see(policy, same)):
             torch.testing.assert_close(one.video, other.video)
     assert calls[1:] == [len(prompts[0].patches), len(prompts[1].patches)]
     del calls[1:]

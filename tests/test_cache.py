@@ -32,7 +32,8 @@ def test_an_entry_comes_back(tmp_path):
     assert len(files(tmp_path)) == 1 and not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: data[:100], lambda data: b"", lambda data: data + b"x",
+@pytest.mark.parametrize("harm", [lambda data: data[:-1], lambda data: data[:100], lambda data: b"",
+                                  lambda data: data + b"x",
                                   lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:],   # one bit
                                   lambda data: bytes(len(data)), lambda data: data.replace(b"2.5", b"3.5"),
                                   lambda data: b"[1]\n" + data, lambda data: b"\xff" * 50])
@@ -47,13 +48,14 @@ def test_a_damaged_entry_is_missing_and_written_again(tmp_path, harm):
 
 
 def test_two_processes_write_and_read_the_same_entries(tmp_path):
-    script = ("import sys, numpy as np; sys.path.insert(0, sys.argv[1]); from support.cache import Cache; store = Cache(sys.argv[2])\n"
+    script = ("import sys, numpy as np; sys.path.insert(0, sys.argv[1])\n"
+              "from support.cache import Cache; store = Cache(sys.argv[2])\n"
               "for i in range(300):\n"
               "    store.put({'n': i % 3}, np.full((50, 784), i % 3, np.uint8), {})\n"
               "    array, _ = store.get({'n': (i + 1) % 3}) or (np.full(1, (i + 1) % 3), 0)\n"
               "    assert (array == (i + 1) % 3).all()")
-    runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", script, Path(cache.__file__).parent.parent, tmp_path])
-            for _ in range(2)]
+    root = Path(cache.__file__).parent.parent
+    runs = [subprocess.Popen([sys.executable, "-W", "error", "-c", script, root, tmp_path]) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert len(files(tmp_path)) == 3
 

@@ -51,7 +51,7 @@ def test_all_comes_back_to_the_bit(folder, steps):
     one = small(steps)
     checkpoint.write(folder, {"step": steps}, *one, keep=1)
     other = small(seed=1)
-    checkpoint.read(folder, *other)
+    checkpoint.restore(folder, *other)
     assert equal(whole(*one), whole(*other)) and len(whole(*one)) == (6 if steps == 0 else 6 + 4 * 3)
     for policy, optimizer in (one, other):                  # and goes on alike
         policy(torch.ones(1, 3)).sum().backward()
@@ -64,7 +64,7 @@ def test_nothing_is_pickled(folder, monkeypatch):
                         (torch, "load")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("a pickle"))
     checkpoint.write(folder, {"step": 3}, *small(3), keep=1)
-    checkpoint.read(folder, *small())
+    checkpoint.restore(folder, *small())
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
@@ -96,7 +96,7 @@ def test_damaged_or_of_another_model(folder, change, hidden):
     checkpoint.write(folder, {}, *small(1), keep=1)
     change(folder)
     with pytest.raises(ValueError, match="step_000003: does not fit --model or is damaged .*; give the model"):
-        checkpoint.read(folder, *small(hidden=hidden))
+        checkpoint.restore(folder, *small(hidden=hidden))
 
 
 def two_ranks(rank, folder):
@@ -104,7 +104,7 @@ def two_ranks(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     checkpoint.write(folder / "checkpoints" / "step_000004", {}, *small(3), keep=9)
     other = small(seed=1)
-    checkpoint.read(folder / "checkpoints" / "step_000003", *other)
+    checkpoint.restore(folder / "checkpoints" / "step_000003", *other)
     torch.save(whole(*other), folder / f"read_by_{rank}")
     dist.destroy_process_group()
 
@@ -116,7 +116,7 @@ def test_any_number_of_processes(folder, tmp_path):
         process.start()
     assert finish(started) == [0, 0]
     one = small(seed=1)
-    checkpoint.read(tmp_path / "checkpoints" / "step_000004", *one)
+    checkpoint.restore(tmp_path / "checkpoints" / "step_000004", *one)
     expected = whole(*small(3))
     for found in (whole(*one), *(torch.load(tmp_path / f"read_by_{rank}", weights_only=True) for rank in range(2))):
         assert found.keys() == expected.keys()

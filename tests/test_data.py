@@ -1,4 +1,4 @@
-"""Annotation files of every format with their irregularities, looking up videos, the linter, and the stream of samples."""
+"""Annotation files of every format with their irregularities, looking up videos, the linter; the stream of samples."""
 import json
 import os
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 
 import data
 import toy
+from support import stream
 from support.video import VideoError
 
 
@@ -39,7 +40,8 @@ def test_reads_what_is_usable_and_names_what_is_not(tmp_path, videos):
     assert [(s.id, s.query, s.start, s.end) for s in samples] == [
         ("AO8RW:1", "a person is putting a book on a shelf.", 0.0, 6.9), ("00607:2", "turn #1 on", 24.0, 30.5),
         ("50E06:11", "person l\u00e4uft.", 1.0, 2.0)]
-    assert [s.video for s in samples] == [str(videos / "AO8RW.mp4"), str(videos / "00607.mkv"), str(videos / "50E06.mp4")]
+    assert [s.video for s in samples] == [str(videos / "AO8RW.mp4"), str(videos / "00607.mkv"),
+                                          str(videos / "50E06.mp4")]
     assert [r.place.rsplit(":")[-1] for r in rejected] == ["4", "5", "6", "7", "8", "9", "10"]
     assert "20.9" in rejected[0].detail and "sentence" in rejected[5].reason and "start end##" in rejected[6].detail
 
@@ -60,7 +62,8 @@ def read(tmp_path, content):
 
 GOOD = {    # one entry of each format, all the same: from 1 to 4 s of 10 s
     "ActivityNet": {"duration": 10.0, "timestamps": [[1, 4.0]], "sentences": ["  A man\nsits. "]},
-    "QVHighlights": {"qid": 9, "query": " A man\nsits.", "vid": "v_1.5_2.0", "duration": 10, "relevant_windows": [[1, 4]]},
+    "QVHighlights": {"qid": 9, "query": " A man\nsits.", "vid": "v_1.5_2.0", "duration": 10,
+                     "relevant_windows": [[1, 4]]},
     "TimeRFT": {"video": "./x/v.mp4", "timestamp": [1, 4.0], "sentence": "A man  sits.", "duration": 10.0,
                 "video_start": None, "video_end": None},
     "TVGBench": {"path": "./x/v.mp4", "question": "A man sits. ", "answer": "1.0-4", "start": None, "end": None,
@@ -107,7 +110,8 @@ def test_each_format(tmp_path, form, id, video):
     ([1, 10], (10, False)), ([1, 10.015], (10, False)), ([1, 10.03], (10, True)), ([1, 15], (10, True)),
     ([1, 15.01], "after the video"), ([120, 14220], "after the video"), ([10, 12], "outside"), ([11, 12], "outside"),
     ([4, 4], "no later"), ([4, 1], "no later"), ([1, None], "malformed"), ([1], "malformed"), ([1, 2, 3], "malformed"),
-    ([True, 4], "malformed"), (["1", "x"], "malformed"), ("nonsense", "malformed"), (7, "malformed"), ({}, "malformed")])
+    ([True, 4], "malformed"), (["1", "x"], "malformed"), ("nonsense", "malformed"), (7, "malformed"),
+    ({}, "malformed")])
 def test_segments(tmp_path, form, segment, expected):
     samples, rejected = read(tmp_path, file_of(form, [entry(form, segment=segment, qid=8), entry(form)]))
     if isinstance(expected, str):
@@ -134,7 +138,8 @@ def test_malformed_entries(tmp_path, form, changes):
 
 
 @pytest.mark.parametrize("form", ["QVHighlights", "TimeRFT", "TVGBench"])
-@pytest.mark.parametrize("changes", [{"video": GONE}, {"query": GONE}, {"video": 3}, {"video": ""}, {"video": "\udc00"}])
+@pytest.mark.parametrize("changes", [{"video": GONE}, {"query": GONE}, {"video": 3}, {"video": ""},
+                                     {"video": "\udc00"}])
 def test_malformed_videos(tmp_path, form, changes):
     _, rejected = read(tmp_path, file_of(form, [entry(form, qid=8, **changes), entry(form)]))
     assert [r.reason for r in rejected] == ["malformed"]
@@ -176,7 +181,8 @@ def test_parts_of_a_video(tmp_path, form):
     """The segment counts from the beginning of the part, and the part's length is what it must fit into."""
     cut = lambda start, end, segment: entry(form, **{"from": start, "to": end, "segment": segment})
     samples, rejected = read(tmp_path, [cut(120.5, 128, [1, 4.0]), cut(0, 8.0, [6, 9]), cut(5, 8.0, [2, 9]),
-                                        cut(5, 5, [1, 4]), cut(-1, 5, [1, 4]), cut(5, None, [1, 4]), cut("1", 5, [1, 4])])
+                                        cut(5, 5, [1, 4]), cut(-1, 5, [1, 4]), cut(5, None, [1, 4]),
+                                        cut("1", 5, [1, 4])])
     assert [(s.id, s.start, s.end, s.duration, s.video_start, s.video_end, s.clipped) for s in samples] == [
         ("v:0", 1, 4, 7.5, 120.5, 128, False), ("v:1", 6, 8, 8, 0, 8, True)]
     assert [r.reason for r in rejected] == ["ends more than 5 s after the video"] + ["malformed"] * 4
@@ -185,11 +191,13 @@ def test_parts_of_a_video(tmp_path, form):
 
 @pytest.mark.parametrize("content", [
     b"", b"\n\n", b"hello\n", b"a 3 1##x\n", b"\xff\xfe\x00", b"\xef\xbb\xbf", b"[]", b"{}", b"[1, 2]", b"{", b"null",
-    b'{"a": 1}', b"[" * 100_000, b'{"a":' * 100_000, b"[" + b"9" * 5000 + b"]", b'{"query": "x"}', b'[{"timestamp": [0, 1]}]',
+    b'{"a": 1}', b"[" * 100_000, b'{"a":' * 100_000, b"[" + b"9" * 5000 + b"]", b'{"query": "x"}',
+    b'[{"timestamp": [0, 1]}]',
     b'{"v": {"timestamps": [[0, 1]]}}', b'{"v": {"duration": 9, "timestamps": [[0, 1]], "sentences"', b"\0" * 100])
 def test_unusable_file_is_one_clear_error(tmp_path, videos, content):
     (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(data.AnnotationError, match="bad.txt.*give --annotations a file of one of the formats Charades-STA") as caught:
+    words = "bad.txt.*give --annotations a file of one of the formats Charades-STA"
+    with pytest.raises(data.AnnotationError, match=words) as caught:
         data.read(str(tmp_path / "bad.txt"), str(videos))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
@@ -232,7 +240,8 @@ def test_any_bytes_give_samples_or_one_error(tmp_path):
     ("x/gone.mkv", "gone.mkv"), ("loop/a.mp4", "a.mp4"), ("linked", "link/linked.mp4")])
 def test_finds_videos_inside_the_folder_only(tmp_path, video, expected):
     folder = tmp_path / "videos"
-    for name in ("a.mkv", "a.mp4", "b.mkv", "sub/b.mkv", "sub/a.mp4", "sub/v_1.5_2.0.webm", "sub/deep/deep.MOV", "notes.txt",
+    for name in ("a.mkv", "a.mp4", "b.mkv", "sub/b.mkv", "sub/a.mp4", "sub/v_1.5_2.0.webm", "sub/deep/deep.MOV",
+                 "notes.txt",
                  ".cache/hidden.mp4", "../secret.mp4", "../elsewhere/linked.mp4"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
@@ -329,9 +338,9 @@ def test_any_number_of_threads_picks_the_same():
             raise VideoError(f"{sample}: broken")
         return -sample
 
-    alone, together = (data.pick_all(list(range(20)), range(3, 15), 7, make, threads) for threads in (1, 4))
+    alone, together = (stream.pick_all(list(range(20)), range(3, 15), 7, make, threads) for threads in (1, 4))
     plain = lambda picked: [(sample, made, [str(error) for error in errors]) for sample, made, errors in picked]
     assert plain(alone) == plain(together) == plain([data.pick(list(range(20)), i, 7, make) for i in range(3, 15)])
     assert any(errors for *_, errors in alone) and 1 < max(most) <= 4
     with pytest.raises(VideoError, match="broken"):
-        data.pick_all([4, 8], range(2), 0, make, 2)
+        stream.pick_all([4, 8], range(2), 0, make, 2)

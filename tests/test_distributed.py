@@ -19,7 +19,8 @@ import model
 import rewards
 import tasks
 import train
-from support import launch, video
+from support import launch, sharding, stream, video
+from support.loader import Loader
 from support.video import Clip
 
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
@@ -77,12 +78,13 @@ def train_recorded(settings) -> tuple[list[list], list | None]:
             ranks[:] = weights[0].device_mesh.mesh.tolist() if dist.is_initialized() else []
             super().step()
 
-    class Decoder(video.Loader):        # in this process, so sooner
+    class Decoder(Loader):        # in this process, so sooner
         def __call__(self, *part):
             return video.load(*part, total_pixels=self.options["total_pixels"])
 
-    task = replace(tasks.TASKS["TVG"], reward=lambda text, sample: rewards.Reward({"format": len(text) % 5 / 4}))
-    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(video, "Loader", Decoder), \
+    task = replace(tasks.TASKS["TVG"], reward=lambda texts, samples: [
+        rewards.Reward({"format": len(text) % 5 / 4, "iou": 0.0}) for text in texts])
+    with mock.patch.object(torch.optim, "AdamW", Recorder), mock.patch.object(train, "Loader", Decoder), \
             mock.patch.object(model, "LOGITS_AT_ONCE", 5000), \
             mock.patch.dict(tasks.TASKS, TVG=task):
         train.main(settings)
@@ -97,7 +99,7 @@ def settings(folder, warm, tmp_path_factory):
         model=str(warm), annotations=str(folder / "train.txt"), videos=str(files), output="", steps=2, seed=1,
         prompts_per_step=4, group_size=4, max_tokens=48, tvg_prob=1, beta=1.0, learning_rate=0.02, max_grad_norm=0.1)
     samples, _ = data.read(settings.annotations, str(folder / "videos"))
-    bad = {data.pick(samples, index, settings.seed, lambda sample: None)[0].video for index in range(1, 8, 2)}
+    bad = {stream.pick(samples, index, settings.seed, lambda sample: None).item.video for index in range(1, 8, 2)}
     for path in {sample.video for sample in samples}:
         name = os.path.basename(path)
         (files / name).write_bytes(b"not a video") if path in bad else (files / name).symlink_to(path)
@@ -150,7 +152,7 @@ def step_by_hand(folder, compute=None, frozen=False, checkpointed=False) -> dict
     rank, world, _ = launch.start_process()
     policy, encoder = model.load(str(folder / "model"))
     policy.qwen.model.visual.requires_grad_(not frozen)
-    policy = model.shard(model.checkpoint_activations(policy) if checkpointed else policy, compute)
+    policy = sharding.shard(sharding.checkpoint_activations(policy) if checkpointed else policy, compute)
     random, share = torch.Generator().manual_seed(0), slice(rank, None, world)
     sizes = {"when?": (4, 28, 56), "a red circle": (6, 56, 28), "it": (2, 28, 28), "who": (8, 28, 84)}
     prompts = [encoder.encode(text, Clip(torch.randint(0, 256, (t, 3, h, w), dtype=torch.uint8, generator=random), 2.0))
@@ -164,13 +166,12 @@ def step_by_hand(folder, compute=None, frozen=False, checkpointed=False) -> dict
     ((logp * weight[share]).sum() * world).backward()
     trained = [value for value in policy.parameters() if value.requires_grad]
     gradients = {name: whole(value.grad) for name, value in policy.named_parameters()}
-    norm = launch.whole(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+    norm = launch.full_norm(torch.nn.utils.clip_grad_norm_(trained, 1.0))
     torch.optim.AdamW(trained, lr=1e-3).step()
     weights = {name: whole(value.detach()) for name, value in policy.named_parameters()}
-    model.gathered(policy, True)
     generators = [torch.Generator().manual_seed(1) for _ in prompts[share]]
-    sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], generators)
-    model.gathered(policy, False)
+    with sharding.gathered(policy):
+        sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], generators)
     with torch.no_grad():
         scored = grpo.logprobs(policy, prompts[share], sampled.completions, sampled.mask)
     return {"logp": logp.detach(), "gradients": gradients, "norm": norm, "weights": weights,
@@ -211,7 +212,7 @@ def test_bf16_compute_keeps_fp32_weights(folder, by_hand, tmp_path):
 
 
 def layout() -> list:
-    return model.mesh().mesh.tolist()
+    return sharding.mesh().mesh.tolist()
 
 
 def test_a_node_shares_a_model(tmp_path):
@@ -222,7 +223,7 @@ def test_a_node_shares_a_model(tmp_path):
 def nodes_of_different_size() -> str:
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
     with pytest.raises(ValueError) as error:
-        model.mesh()
+        sharding.mesh()
     return str(error.value)
 
 
@@ -242,7 +243,7 @@ def test_checkpointing_keeps_less(tiny, prompts):
         logp.square().sum().backward()
         results.append((sum(kept), logp.detach(), [weight.grad.clone() for weight in policy.parameters()]))
         policy.zero_grad()
-        model.checkpoint_activations(policy)
+        sharding.checkpoint_activations(policy)
     (plain, *expected), (checkpointed, *found) = results
     torch.testing.assert_close(found, expected)
     assert checkpointed < plain / 4

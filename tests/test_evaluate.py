@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
-import grpo
 import model
 import tasks
-from support import video
+from support.loader import Loader
+from support.scores import difference
 
 
 def row(task, **parts):
@@ -34,8 +34,8 @@ def test_scores_by_hand():
 
 def test_gain_and_its_interval():
     rows = lambda ious: [{"id": str(i), "video": str(i // 2), "iou": iou} for i, iou in enumerate(ious)]
-    assert evaluate.gain(rows([0.1] * 40), rows([0.3] * 40)) == pytest.approx((0.2, 0.2, 0.2))
-    mean, low, high = evaluate.gain(rows([0.5] * 400), rows([0.4, 0.4, 0.8, 0.8] * 100))
+    assert difference(rows([0.1] * 40), rows([0.3] * 40)) == pytest.approx((0.2, 0.2, 0.2))
+    mean, low, high = difference(rows([0.5] * 400), rows([0.4, 0.4, 0.8, 0.8] * 100))
     assert mean == pytest.approx(0.1) and 0.06 < low < 0.09 and 0.11 < high < 0.14      # 0.2 / sqrt(200) * 1.96
 
 
@@ -69,12 +69,13 @@ def test_broken_and_missing_videos_stay_in_the_denominator(folder, tmp_path):
 def test_batches_do_not_change_answers_and_blind_does(folder, tmp_path):
     for name, flags in (("one", dict(batch_size=1)), ("many", dict(batch_size=5)), ("blind", dict(blind=True))):
         evaluate.main(config(folder, tmp_path / name, tasks=["TVG", "VC"], **flags))
-    one, many, blind = ({k: r["completion"] for k, r in predictions(tmp_path / n).items()} for n in ("one", "many", "blind"))
+    one, many, blind = ({k: r["completion"] for k, r in predictions(tmp_path / n).items()}
+                        for n in ("one", "many", "blind"))
     assert one == many and one.keys() == blind.keys() and one != blind
 
 
 def test_batches_are_sorted_and_a_video_is_decoded_once(folder, tmp_path, monkeypatch):
-    """Longest videos first, all queries of a video together: one call of the loader, one pass of the vision tower each."""
+    """Longest videos first, all queries of a video together: one call of the loader, one pass of the tower each."""
     samples = data.read(str(folder / "test.txt"), str(folder / "videos"))[0]
     order = [s for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS["TVG"])]
     last = {video: max(s.end for s in samples if s.video == video) for video in {s.video for s in samples}}
@@ -82,12 +83,13 @@ def test_batches_are_sorted_and_a_video_is_decoded_once(folder, tmp_path, monkey
     spans = [s.end - s.start for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS["AR"])]
     assert spans == sorted(spans, reverse=True)
 
-    loaded, seen, load, pack = [], [], video.Loader.__call__, grpo.pack
-    monkeypatch.setattr(video.Loader, "__call__", lambda self, *part: loaded.append(part[0]) or load(self, *part))
-    monkeypatch.setattr(grpo, "pack", lambda policy, prompts: seen.append([p.video is None for p in prompts]) or pack(policy, prompts))
+    loaded, seen, load, watch = [], [], Loader.__call__, model.Policy.watch
+    monkeypatch.setattr(Loader, "__call__", lambda self, *part: loaded.append(part[0]) or load(self, *part))
+    monkeypatch.setattr(model.Policy, "watch", lambda self, patches, grid: seen.append(len(grid)) or
+                        watch(self, patches, grid))
     evaluate.main(config(folder, tmp_path / "out", tasks=["TVG"], batch_size=len(samples)))
     assert sorted(loaded) == sorted(last) and len(samples) > len(last)
-    assert sum(sum(some) for some in seen) == len(last)
+    assert sum(seen) == len(last)
 
 
 def test_unknown_task_is_named(folder, tmp_path):
@@ -101,16 +103,16 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, batches):
-    """evaluate.answer answers so many batches, then the run ends; returns the numbers of samples that it was asked for."""
-    answer, asked = evaluate.answer, []
+    """evaluate.answer_batch answers so many batches, then the run ends; returns how many samples each of them had."""
+    answer, asked = evaluate.answer_batch, []
 
-    def limited(config, policy, encoder, task, batch, prompts):
+    def limited(config, policy, encoder, batch, prompts):
         if len(asked) == batches:
             raise Stop
-        asked.append(len(batch))
-        return answer(config, policy, encoder, task, batch, prompts)
+        asked.append(len(batch.samples))
+        return answer(config, policy, encoder, batch, prompts)
 
-    monkeypatch.setattr(evaluate, "answer", limited)
+    monkeypatch.setattr(evaluate, "answer_batch", limited)
     return asked
 
 
@@ -123,7 +125,8 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     order = [s.id for s in samples]
     rows = [json.loads(line) for line in text.splitlines()]
     at = {(row["task"], row["id"]): i for i, row in enumerate(rows)}
-    worked = [at[name, s.id] for name in ("TVG", "AR") for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS[name])]
+    worked = [at[name, s.id] for name in ("TVG", "AR") for _,
+              s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS[name])]
     assert [row["id"] for row in rows] == order * 2 and len({row["completion"] for row in rows}) > 1
     batches = 2 * -(-len(order) // 2)
 
@@ -137,13 +140,15 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     part = killed / "predictions.rank0.jsonl"
     done = [json.loads(line) for line in part.read_text().splitlines() if line]
     part.write_text("".join(json.dumps({**row, "kept": 1}) + "\n" for row in done) + json.dumps(rows[worked[4]])[:40])
-    (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**rows[i], "kept": 1}) + "\n" for i in worked[2:4]))
+    (killed / "predictions.rank5.jsonl").write_text("".join(json.dumps({**rows[i], "kept": 1}) + "\n"
+                                                            for i in worked[2:4]))
 
     assert finish(start("evaluate", settings("two"), tmp_path / "log", processes=2)) == [0, 0]
     resumed = [json.loads(line) for line in (killed / "predictions.jsonl").read_text().splitlines()]
     assert [i for i, row in enumerate(resumed) if row.pop("kept", None)] == sorted(worked[:4]) and resumed == rows
     assert json.loads((killed / "scores.json").read_text()) == whole
-    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "inputs.json", "predictions.jsonl", "scores.json"]
+    assert sorted(p.name for p in killed.iterdir()) == ["config.json", "inputs.json", "predictions.jsonl",
+                                                        "scores.json"]
 
     # finished: neither model nor videos are touched; half finished by two: one goes on
     asked = stop_after(monkeypatch, 0)
@@ -152,7 +157,8 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     (killed / "predictions.jsonl").unlink()
     lines = text.splitlines(keepends=True)
     (killed / "predictions.rank0.jsonl").write_text("".join(lines[i] for i in worked[:4]))
-    (killed / "predictions.rank1.jsonl").write_text("".join(lines[i] for i in worked[6:] + worked[4:5]))    # one of a batch
+    (killed / "predictions.rank1.jsonl").write_text("".join(lines[i]
+                                                            for i in worked[6:] + worked[4:5]))    # one of a batch
     asked = stop_after(monkeypatch, batches)
     assert evaluate.main(settings("two")) == whole and asked == [2]
     assert (killed / "predictions.jsonl").read_text() == text
@@ -175,13 +181,15 @@ def test_another_config_is_refused_and_another_model_starts_anew(folder, tmp_pat
     assert sum(asked) == first["queries"] and (tmp_path / "out" / "predictions.jsonl").read_text() != text
 
 
-LINES = ("A 0.0 10.0##person sits.\nA 10.0 20.0##person eats.\nB.x_1.0 0.0 10.0##Person  runs.\nC 0.0 4.0##person naps.\n"
+LINES = ("A 0.0 10.0##person sits.\nA 10.0 20.0##person eats.\n"
+         "B.x_1.0 0.0 10.0##Person  runs.\nC 0.0 4.0##person naps.\n"
          "D 0.0 4.0##person eats.\nE 0.0 4.0##person eats.\n")
 
 
 def score(tmp_path, *rows, annotations=LINES):
     (tmp_path / "a.txt").write_text(annotations)
-    (tmp_path / "p.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    (tmp_path / "p.jsonl").write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n"
+                                              for row in rows))
     return evaluate.main(evaluate.Config(annotations=str(tmp_path / "a.txt"), predictions=str(tmp_path / "p.jsonl")))
 
 
@@ -190,7 +198,8 @@ def test_anybody_s_predictions(tmp_path, monkeypatch):
     scores = score(
         tmp_path,
         {"id": "A:1", "start": 0, "end": 1}, {"id": "A:1", "start": 0.0, "end": "7"},      # the last: IoU 0.7
-        {"id": "17", "video": "videos/A.mp4", "query": "person  EATS. ", "completion": "<think>10 to 12</think> from 10 to 15"},
+        {"id": "17", "video": "videos/A.mp4", "query": "person  EATS. ",
+         "completion": "<think>10 to 12</think> from 10 to 15"},
         "", {"video": "B.x_1.0", "query": "person runs.", "start": 0, "end": 3, "task": "TVG"},     # IoU 0.3
         {"id": "C:4", "completion": "I do not know"}, {"id": "D:5", "error": "out of memory", "start": 0, "end": 4},
         {"id": "A:2", "query": "person sits.", "start": 0, "end": 9},                      # the id of another file
@@ -199,15 +208,17 @@ def test_anybody_s_predictions(tmp_path, monkeypatch):
     assert scores["queries"] == 6 and scores["mIoU"] == pytest.approx((0.7 + 0.5 + 0.3) / 6)
     assert [scores[f"R1@{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
     assert [scores[f"R1>{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([2 / 6, 1 / 6, 0])
-    assert [scores[k] for k in ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected")] == [1, 1, 1, 3, 1, 0]
+    assert [scores[k] for k in ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected")] == [1, 1, 1,
+                                                                                                               3, 1, 0]
     assert not any("best_window" in key for key in scores)
     assert scores["mIoU_95"][0] < scores["mIoU"] < scores["mIoU_95"][1] and scores["R1@0.7_95"][0] == 0
 
 
 def test_interval_by_hand(tmp_path):
-    """Two videos, all queries of one right, of the other wrong: a quarter of the draws is all wrong, a quarter all right.
+    """Two videos, all queries of one right, of the other wrong: of the draws a quarter is all wrong, one all right.
     One video says nothing of others."""
-    assert "mIoU_95" not in score(tmp_path, {"id": "A:1", "start": 0, "end": 4}, annotations="A 0.0 4.0##x\nA 1.0 4.0##y\n")
+    assert "mIoU_95" not in score(tmp_path, {"id": "A:1", "start": 0, "end": 4},
+                                  annotations="A 0.0 4.0##x\nA 1.0 4.0##y\n")
     lines = "".join(f"{'AB'[i // 20]} 0.0 4.0##query {i}\n" for i in range(40))
     rows = [{"id": f"{'AB'[i // 20]}:{i + 1}", "start": 0, "end": 4 if i < 20 else 0} for i in range(40)]
     assert score(tmp_path, *rows, annotations=lines)["mIoU_95"] == [0, 1]
@@ -221,11 +232,14 @@ def test_interval_by_hand(tmp_path):
 def test_best_window(tmp_path, key):
     """QVHighlights: query 7 has windows 0-10 and 20-30, query 8 one of 0-10."""
     annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": f"v_{qid}.0_210.0", "duration": 150,
-                                        "relevant_windows": windows}) for qid, windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
+                                        "relevant_windows": windows}) for qid,
+                                        windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
     names = {"qid": lambda qid: {"qid": qid}, "id": lambda qid: {"id": str(qid)},
              "video": lambda qid: {"video": f"v_{qid}.0_210.0", "query": f"query {qid}"}}
-    rows = [{**names[key](7), "start": 20, "end": 30}, {**names[key](8), "start": 0, "end": 6}] if key != "windows" else \
-        [{"id": "7:0", "start": 20, "end": 30}, {"id": "7:1", "start": 0, "end": 1}, {"id": "8:0", "start": 0, "end": 6}]
+    rows = [{**names[key](7), "start": 20, "end": 30},
+            {**names[key](8), "start": 0, "end": 6}] if key != "windows" else \
+        [{"id": "7:0", "start": 20, "end": 30}, {"id": "7:1", "start": 0, "end": 1},
+         {"id": "8:0", "start": 0, "end": 6}]
     scores = score(tmp_path, *rows, annotations=annotations)
     assert scores["queries"] == 3 and scores["missing"] == scores["unmatched"] == scores["duplicates"] == 0
     assert scores["mIoU"] == pytest.approx((0 + (1.0 if key != "windows" else 0.0) + 0.6) / 3)
@@ -252,7 +266,8 @@ def test_a_broken_line_is_named(tmp_path, line, words):
         score(tmp_path, {"id": "A:1", "start": 0, "end": 1}, line)
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(model="m"), dict(model="m", predictions="p"), dict(model="m", videos="v")])
+@pytest.mark.parametrize("flags", [dict(), dict(model="m"), dict(model="m", predictions="p"),
+                                   dict(model="m", videos="v")])
 def test_flags_that_do_not_belong_together(flags):
     with pytest.raises(ValueError, match="--model, with --videos and --output, or --predictions"):
         evaluate.main(evaluate.Config(annotations="a.txt", **flags))

@@ -1,4 +1,4 @@
-"""One video and one query or several, on the tiny model: the same answers as evaluate.py gives, printed, as JSON, drawn."""
+"""One video and one query or several, on the tiny model: the answers of evaluate.py, printed, as JSON, drawn."""
 import json
 import shutil
 import subprocess
@@ -42,12 +42,14 @@ def test_answers_are_those_of_evaluate_and_the_video_is_decoded_once(folder, war
         assert [answer[k] for k in ("query", "start", "end", "completion")] == \
             [row[k] for k in ("query", "start", "end", "completion")]
     (tmp_path / "answers.jsonl").write_text(said)                           # --json is what --predictions scores
-    scores = evaluate.main(evaluate.Config(annotations=str(folder / "test.txt"), predictions=str(tmp_path / "answers.jsonl")))
+    scores = evaluate.main(evaluate.Config(annotations=str(folder / "test.txt"),
+                                           predictions=str(tmp_path / "answers.jsonl")))
     assert scores["unmatched"] == 0 and scores["missing"] == scores["queries"] - len(samples)
 
 
 @pytest.mark.parametrize("text, lines", [
-    ("<think>at\nfirst</think> <answer>12.539 to 17.8</answer>", ["12.54 to 17.80", "    query: a b", "    thought: at first"]),
+    ("<think>at\nfirst</think> <answer>12.539 to 17.8</answer>",
+     ["12.54 to 17.80", "    query: a b", "    thought: at first"]),
     ("from 3 to 4", ["3.00 to 4.00", "    query: a b", "    completion: from 3 to 4"]),
     ("<think>who</think> knows", ["no answer", "    query: a b", "    completion: <think>who</think> knows"])])
 def test_what_is_printed(folder, monkeypatch, capsys, text, lines):
@@ -60,7 +62,8 @@ def test_what_is_printed(folder, monkeypatch, capsys, text, lines):
 def test_picture_shows_where_the_answers_are(tmp_path):
     clip = Clip(torch.full((20, 3, 56, 84), 128, dtype=torch.uint8), 2.0)                    # 10 s
     spans = {"early": (0.0, 2.0), "late $1 $2": (9.5, 99.0), "none": (None, None), "no length": (5.0, 5.0)}
-    ground.draw(clip, [{"query": q, "start": a, "end": b} for q, (a, b) in spans.items()], str(tmp_path / "x" / "a.png"))
+    ground.draw(clip, [{"query": q, "start": a, "end": b} for q, (a, b) in spans.items()],
+                str(tmp_path / "x" / "a.png"))
     picture = matplotlib.image.imread(tmp_path / "x" / "a.png")[..., :3]                      # (H, W, 3)
     width = picture.shape[1]
     for number, (low, high) in {0: (0.0, 0.22), 1: (0.93, 1.0), 3: (0.48, 0.52)}.items():
@@ -82,11 +85,14 @@ def test_words_may_stand_among_the_flags(words, flags):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"video": "nowhere.mp4"}, "nowhere.mp4: no such video file"), ({"video": __file__}, "test_ground.py: cannot be decoded"),
+    ({"video": "nowhere.mp4"}, "nowhere.mp4: no such video file"),
+    ({"video": __file__}, "test_ground.py: cannot be decoded"),
     ({"queries": ["a", " "]}, "query 2 of 2 is empty"), ({"model": "nowhere"}, "nowhere.*--model")])
 def test_wrong_input_is_one_line_and_code_2(folder, monkeypatch, capsys, change, words):
-    values = {"video": str(next((folder / "videos").iterdir())), "queries": ["a"], "model": str(folder / "model"), **change}
-    monkeypatch.setattr(sys, "argv", ["ground.py", *ground.flags([values["video"], *values["queries"], "--model", values["model"]])])
+    values = {"video": str(next((folder / "videos").iterdir())), "queries": ["a"], "model": str(folder / "model"),
+              **change}
+    monkeypatch.setattr(sys, "argv", ["ground.py",
+                                      *ground.flags([values["video"], *values["queries"], "--model", values["model"]])])
     with pytest.raises(SystemExit) as stop:
         launch.command_line(ground.Config, ground.main, ground.__doc__)
     said = capsys.readouterr()

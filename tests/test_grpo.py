@@ -3,13 +3,11 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import grpo
 import model
-
-
-def stop(encoder):
-    return encoder.stop_ids
+from support.decoding import draw_token
 
 
 def completions_of(policy, lengths, seed=1):
@@ -77,7 +75,7 @@ def test_completion_does_not_see_its_neighbours(tiny, prompts):
 def test_sampled_logprob_equals_scored(tiny, prompts, temperature):
     policy, encoder = tiny
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    rollouts = grpo.rollout(policy, prompts, 4, 12, stop(encoder), generators, temperature)
+    rollouts = grpo.rollout(policy, prompts, 4, 12, encoder.stop_ids, generators, temperature)
     with torch.no_grad():
         scored = grpo.logprobs(policy, prompts, rollouts.completions, rollouts.mask, temperature)
     torch.testing.assert_close(scored.float(), rollouts.logprobs, rtol=1e-4, atol=1e-5)
@@ -87,9 +85,9 @@ def test_sampled_logprob_equals_scored(tiny, prompts, temperature):
 def test_sampling_depends_on_the_prompts_own_generator_only(tiny, prompts):
     policy, encoder = tiny
     seeded = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
-    both = grpo.rollout(policy, prompts, 3, 8, stop(encoder), seeded())
+    both = grpo.rollout(policy, prompts, 3, 8, encoder.stop_ids, seeded())
     for row, prompt in enumerate(prompts):
-        alone = grpo.rollout(policy, [prompt], 3, 8, stop(encoder), [seeded()[row]])
+        alone = grpo.rollout(policy, [prompt], 3, 8, encoder.stop_ids, [seeded()[row]])
         width = min(alone.mask.shape[-1], both.mask.shape[-1])
         assert torch.equal(alone.completions[0, :, :width], both.completions[row, :, :width])
     assert len({tuple(c.tolist()) for c in both.completions.flatten(0, 1)}) > 1      # not one completion G times
@@ -98,17 +96,17 @@ def test_sampling_depends_on_the_prompts_own_generator_only(tiny, prompts):
 def test_sample_follows_the_softmax():
     logits = torch.tensor([0.0, -torch.inf, math.log(3.0), math.log(4.0)])
     uniform = (torch.arange(8000) + 0.5) / 8000
-    counts = torch.bincount(grpo.sample(logits.expand(8000, -1), uniform), minlength=4)
+    counts = torch.bincount(draw_token(logits.expand(8000, -1), uniform), minlength=4)
     assert counts.tolist() == [1000, 0, 3000, 4000]
     edges = torch.tensor([0.0, 1 - 2 ** -24])                               # the least and the largest torch.rand
-    assert grpo.sample(logits.expand(2, -1), edges).tolist() == [0, 3]
-    assert grpo.sample(logits[None], None).tolist() == [3]
+    assert draw_token(logits.expand(2, -1), edges).tolist() == [0, 3]
+    assert draw_token(logits[None], None).tolist() == [3]
 
 
 def test_greedy_equals_plain_decoding(tiny, prompts):
     """Every token is the likeliest of the whole vocabulary under transformers' own forward pass."""
     policy, encoder = tiny
-    rollouts = grpo.rollout(policy, prompts, 1, 6, stop(encoder))
+    rollouts = grpo.rollout(policy, prompts, 1, 6, encoder.stop_ids)
     allowed = [i for i in range(policy.qwen.lm_head.out_features) if i not in policy.forbidden]
     for b, prompt in enumerate(prompts):
         tokens = rollouts.completions[b, 0][rollouts.mask[b, 0].bool()]
@@ -159,7 +157,7 @@ def test_loss_by_hand():
     k3 = lambda difference: math.exp(difference) - difference - 1
     first = ((math.exp(0.2) * 2 - 0.1 * k3(0.0)) + (1 * 2 - 0.1 * k3(0.5))) / 2
     second = 1 * -1 - 0.1 * k3(-0.2)
-    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, completions=2)
+    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, total=2)
     assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-6)
     assert kl.item() == pytest.approx(((k3(0.0) + k3(0.5)) / 2 + k3(-0.2)) / 2, rel=1e-6)
 
@@ -208,3 +206,9 @@ def test_training_on_one_batch_raises_the_rewarded_completion(tiny, prompts):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
     gain = (grpo.logprobs(policy, prompts, completions, mask) - old).sum(-1)
     assert ((gain > 0) == (advantage > 0)).all()
+
+
+def test_shapes_are_checked_while_tests_run():
+    logp, old, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.ones(1, 2, 3).long()
+    with pytest.raises(TypeCheckError, match="old_logp"):
+        grpo.loss(logp, old, None, torch.zeros(1, 2), mask, 0.0, 2)

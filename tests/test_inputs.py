@@ -16,8 +16,8 @@ import data
 import evaluate
 import ground
 import model
-import rewards
 import sft
+import tasks
 import toy
 import train
 from support import launch, plot
@@ -64,7 +64,7 @@ RIGHT = {   # flags with which a script gets as far as to load a model
     "toy": {"output": "ok.txt"}}
 NUMBERS = {     # of each script: those that must be above 0, and those that may be 0
     "train": ("steps max_tokens temperature learning_rate max_grad_norm total_pixels cache_gb video_limit workers "
-              "keep max_bad_steps gpus gpu_memory tflops", "seed beta warmup_steps prompts_per_pass save_every tvg_prob"),
+              "keep max_bad_steps", "seed beta warmup_steps prompts_per_pass save_every tvg_prob"),
     "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_limit workers keep max_bad_steps",
             "seed per_pass save_every"),
     "evaluate": ("batch_size max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature"),
@@ -101,12 +101,14 @@ def test_numbers(monkeypatch, capsys, wrong, script, name, value):
 
 @pytest.mark.parametrize("script", ["train", "sft", "evaluate"])
 @pytest.mark.parametrize("flags, words", [
-    ({"model": "absent"}, "absent.*--model"), ({"model": "config"}, "config.*qwen2_vl"), ({"model": "torn"}, "torn.*--model"),
+    ({"model": "absent"}, "absent.*--model"), ({"model": "config"}, "config.*qwen2_vl"),
+    ({"model": "torn"}, "torn.*--model"),
     ({"model": "ok.txt"}, "ok.txt.*--model"), ({"annotations": "absent.txt"}, "absent.txt.*--annotations"),
     ({"annotations": "videos"}, "videos.*--annotations"), ({"annotations": "empty.txt"}, "empty.txt.*--annotations"),
     ({"annotations": "prose.txt"}, "prose.txt.*--annotations"), ({"annotations": "bytes"}, "bytes.*--annotations"),
     ({"annotations": "/proc/self/mem"}, "/proc/self/mem.*--annotations"),
-    ({"annotations": "out.txt"}, "out.txt:1.*leaves the folder.*--allow_outside"), ({"videos": "absent"}, "absent.*--videos"),
+    ({"annotations": "out.txt"}, "out.txt:1.*leaves the folder.*--allow_outside"),
+    ({"videos": "absent"}, "absent.*--videos"),
     ({"videos": "none"}, "none: no video files.*--videos"), ({"videos": "ok.txt"}, "ok.txt.*--videos"),
     ({"annotations": "gone.txt"}, "videos: has none of the videos of gone.txt.*b.mp4.*--videos"),
     ({"output": "ok.txt"}, "--output ok.txt"), ({"output": "ok.txt/deeper/still"}, "--output ok.txt/deeper/still"),
@@ -180,11 +182,11 @@ def one_line(capsys, stop, start, words):
     (data, ["gone.txt", "--videos", "videos"], "has none of the videos"),
     (data, ["out.txt", "--videos", "videos"], "leaves"),
     (data, ["ok.txt", "--workers", "0"], "--workers 0"), (data, ["ok.txt", "--vidoes", "videos"], "--vidoes"),
-    (data, [], "file"), (rewards, ["XX", "q", "c"], "'XX'"), (rewards, ["TVG", "q", "c"], "--segment START END"),
-    (rewards, ["TVG", "q", "c", "--segment", "5", "3"], "--segment 5 3"), (rewards, ["AR", "q"], "completion"),
-    (rewards, ["TVG", "q", "c", "--segment", "nan", "3"], "--segment nan 3"),
-    (rewards, ["TVG", "q", "c", "--segment", "1", "inf"], "--segment 1 inf"),
-    (rewards, ["TVG", "q", "c", "--segment", "-1", "3"], "--segment"), (plot, ["absent"], "absent"), (plot, [], "runs"),
+    (data, [], "file"), (tasks, ["XX", "q", "c"], "'XX'"), (tasks, ["TVG", "q", "c"], "--segment START END"),
+    (tasks, ["TVG", "q", "c", "--segment", "5", "3"], "--segment 5 3"), (tasks, ["AR", "q"], "completion"),
+    (tasks, ["TVG", "q", "c", "--segment", "nan", "3"], "--segment nan 3"),
+    (tasks, ["TVG", "q", "c", "--segment", "1", "inf"], "--segment 1 inf"),
+    (tasks, ["TVG", "q", "c", "--segment", "-1", "3"], "--segment"), (plot, ["absent"], "absent"), (plot, [], "runs"),
     (plot, ["none"], "none/metrics.jsonl"), (plot, ["empty.txt"], "empty.txt: holds no steps"),
     (plot, ["bytes"], "bytes"),
     (plot, ["log.jsonl"], "log.jsonl: line 1"), (plot, ["log.jsonl", "--output", "videos"], "--output videos"),
@@ -228,7 +230,8 @@ def change(name, **values):
 def resave(select):
     def harm(folder):
         weights = load_file(folder / "model.safetensors")
-        save_file({k: select(k, v) for k, v in weights.items() if select(k, v) is not None}, folder / "model.safetensors",
+        chosen = {k: select(k, v) for k, v in weights.items()}
+        save_file({k: v for k, v in chosen.items() if v is not None}, folder / "model.safetensors",
                   metadata={"format": "pt"})
     return harm
 
@@ -242,7 +245,8 @@ def remove(name):
 
 
 @pytest.mark.parametrize("harm, words", [
-    (remove("config.json"), "config.json"), (cut("config.json", 50), "config.json"), (cut("config.json", 0), "config.json"),
+    (remove("config.json"), "config.json"), (cut("config.json", 50), "config.json"),
+    (cut("config.json", 0), "config.json"),
     (change("config.json", model_type="qwen2_vl"), "qwen2_vl"),
     (change("config.json", text_config__hidden_size=0), "hidden_size|built"),
     (change("config.json", text_config__hidden_size="x"), "hidden_size"),
@@ -256,9 +260,11 @@ def remove(name):
     (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
      "gone.safetensors"),
     (resave(lambda name, value: None if "layers.1.mlp" in name else value), "3 weights are missing.*layers.1.mlp"),
-    (resave(lambda name, value: value[:9].clone() if "layers.1.mlp.up" in name else value), "1 weights.*layers.1.mlp.up"),
+    (resave(lambda name, value: value[:9].clone() if "layers.1.mlp.up" in name else value),
+     "1 weights.*layers.1.mlp.up"),
     (remove("tokenizer.json"), "tokenizer.json"), (cut("tokenizer.json", 1000), "tokenizer"),
-    (change("tokenizer.json", model={"type": "BPE"}), "tokenizer"), (remove("tokenizer_config.json"), "tokenizer_config"),
+    (change("tokenizer.json", model={"type": "BPE"}), "tokenizer"),
+    (remove("tokenizer_config.json"), "tokenizer_config"),
     (cut("tokenizer_config.json", 30), "tokenizer"), (remove("chat_template.jinja"), "chat template")])
 def test_model_folders(folder, tmp_path, harm, words):
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -268,7 +274,8 @@ def test_model_folders(folder, tmp_path, harm, words):
 
 
 def sources():
-    return [path for room in (".", "support", "tools") for path in HERE.glob(f"{room}/*.py") if not path.name.startswith("test_")]
+    return [path for room in (".", "support", "tools") for path in HERE.glob(f"{room}/*.py")
+            if not path.name.startswith("test_")]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
@@ -277,7 +284,8 @@ def test_nothing_that_is_read_can_run_code(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-            assert not {name.split(".")[0] for name in names} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+            assert not {name.split(".")[0] for name in names} & {
+                "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
         if isinstance(node, ast.Call):
             name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
             assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), ast.unparse(node)

@@ -1,4 +1,4 @@
-"""video.Loader: what comes from its worker processes is what load gives; hangs, crashes and the cache."""
+"""loader.Loader: what comes from its worker processes is what load gives; hangs, crashes and the cache."""
 import os
 import signal
 import subprocess
@@ -11,8 +11,9 @@ import pytest
 from test_video import broken, constant, counted, shown, write
 
 import data
-from support import video
-from support.video import Loader, VideoError, load
+from support import stream, video
+from support.loader import Loader
+from support.video import VideoError, load
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def test_loader_gives_what_load_gives(toy, loader, tmp_path):
 
 def test_threads_take_turns(toy, loader):
     results = []
-    threads = [threading.Thread(target=lambda s=s: results.append(shown(loader(toy, start=s)) == [*range(4 * s, 64, 2)]))
+    threads = [threading.Thread(target=lambda s=s: results.append(shown(loader(toy, start=s)) == [*range(4 * s, 64,
+                                                                                                         2)]))
                for s in range(6)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert results == [True] * 6
@@ -102,7 +104,7 @@ def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
     loader = Loader(limit=60.0)
     make = lambda step: data.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
     began = time.perf_counter()
-    with pytest.raises(KeyError), data.prefetched(make, range(9), loader) as made:
+    with pytest.raises(KeyError), stream.prefetched(make, range(9), loader) as made:
         for step, (_, clip, _) in made:
             assert shown(clip) == list(range(0, 64, 2))
             if step == 1:
@@ -118,9 +120,9 @@ def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
 
 def test_prefetched_makes_each_step_once_in_order(loader):
     made = []
-    with data.prefetched(lambda step: made.append(step) or step ** 2, range(3, 6), Loader()) as batches:
+    with stream.prefetched(lambda step: made.append(step) or step ** 2, range(3, 6), Loader()) as batches:
         assert list(batches) == [(3, 9), (4, 16), (5, 25)] and made == [3, 4, 5]
-    with data.prefetched(made.append, range(3, 3), Loader()) as batches:
+    with stream.prefetched(made.append, range(3, 3), Loader()) as batches:
         assert list(batches) == [] and made == [3, 4, 5]
 
 
@@ -144,7 +146,8 @@ def test_a_crash_is_an_error_and_the_next_file_loads(toy, loader):
 
 def test_the_worker_ends_with_its_parent_and_needs_no_main_guard(toy, tmp_path):
     script = tmp_path / "unguarded.py"
-    script.write_text(f"import sys, time\nsys.path.insert(0, {str(Path(video.__file__).parent.parent)!r})\nfrom support.video import Loader\n"
+    root = str(Path(video.__file__).parent.parent)
+    script.write_text(f"import sys, time\nsys.path.insert(0, {root!r})\nfrom support.loader import Loader\n"
                       f"loader = Loader()\nloader({str(toy)!r})\n"
                       "print(loader.workers[0].process.pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:

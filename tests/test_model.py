@@ -105,23 +105,27 @@ def test_saved_model_is_the_same(tiny, prompts, tmp_path):
 
 
 SPECIAL = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-           "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>").split()
+           "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> "
+           "<|video_pad|>").split()
 PUBLISHED_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'video' or 'video' in content %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}"
     "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def write_published(folder, tied):
     """A folder as Qwen2.5-VL-3B-Instruct (tied) and 7B-Instruct (not tied) were published: the flat config.json, two
-    shards of bf16 weights under their first names, a tokenizer with their ids; two layers, and narrow. Returns the weights."""
+    shards of bf16 weights under their first names, a tokenizer with their ids; two layers, and narrow. Returns the
+    weights."""
     vocabulary, h, v = 151936 if tied else 152064, 128, 32
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
+        "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
         "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": h,
         "initializer_range": 0.02, "intermediate_size": 96, "max_position_embeddings": 128000, "max_window_layers": 2,
         "model_type": "qwen2_5_vl", "num_attention_heads": 1, "num_hidden_layers": 2, "num_key_value_heads": 1,
@@ -148,7 +152,8 @@ def write_published(folder, tied):
     for name, shape in linear.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     generator = torch.Generator().manual_seed(0)
-    weights = {name: (torch.randn(shape, generator=generator) * (0.5 if len(shape) == 1 else shape[-1] ** -0.5)).bfloat16()
+    scale = lambda shape: 0.5 if len(shape) == 1 else shape[-1] ** -0.5
+    weights = {name: (torch.randn(shape, generator=generator) * scale(shape)).bfloat16()
                for name, shape in sorted(shapes.items())}
 
     folder.mkdir()
@@ -168,11 +173,13 @@ def write_published(folder, tied):
                                    "eos_token_id": [151645, 151643], "repetition_penalty": 1.05, "temperature": 1e-06},
         "tokenizer.json": {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                              "use_regex": False},
             "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
                                                 "use_regex": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "", "fuse_unk": False, "vocab": {w: i for i, w in enumerate(words)}, "merges": []}},
+                      "end_of_word_suffix": "", "fuse_unk": False, "vocab": {w: i for i, w in enumerate(words)},
+                      "merges": []}},
         "tokenizer_config.json": {
             "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False, "bos_token": None,
             "additional_special_tokens": SPECIAL[1:], "chat_template": PUBLISHED_TEMPLATE, "eos_token": "<|im_end|>",
@@ -205,23 +212,26 @@ def test_a_folder_as_published(tied, tmp_path):
         + "<|video_pad|>" * 6 + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
     assert prompt.ids[0] == 151644 and (prompt.ids == 151656).sum() == 6
     rollouts = grpo.rollout(policy, [prompt], 4, 6, encoder.stop_ids, [torch.Generator().manual_seed(0)])
-    assert len(rollouts.completions.unique()) > 4 and not torch.isin(rollouts.completions, torch.tensor(policy.forbidden)).any()
+    assert len(rollouts.completions.unique()) > 4
+    assert not torch.isin(rollouts.completions, torch.tensor(policy.forbidden)).any()
     with torch.no_grad():
         scored = grpo.logprobs(policy, [prompt], rollouts.completions, rollouts.mask)
     torch.testing.assert_close(scored, rollouts.logprobs, rtol=0, atol=1e-4)
     # 151,665 to 151,935 have a weight, but no text
-    assert encoder.decode(torch.tensor([[ord("A") - 33, 151935, 151645]]), torch.ones(1, 3)) == ["A"]
+    assert encoder.decode(torch.tensor([[ord("A") - 33, 151935, 151645]]), torch.ones(1, 3).int()) == ["A"]
 
     model.save(policy, encoder, tmp_path / "saved")
     stored = set().union(*(load_file(file) for file in (tmp_path / "saved").glob("*.safetensors")))
     assert ("lm_head.weight" in stored) != tied
     length = len(prompt.ids)
     with torch.no_grad():
-        ours = policy(prompt.ids, prompt.positions, Packed([length]), prompt.patches, prompt.grid[None])[-1]   # (V,)
+        batch = prompt.ids, prompt.positions, Packed([length]), prompt.patches, prompt.grid[None]
+        ours = policy.logits(*batch)[-1]                                                                    # (V,)
         for folder in ("qwen", "saved"):
             plain = AutoModelForImageTextToText.from_pretrained(tmp_path / folder, dtype=torch.float32)
-            theirs = plain(input_ids=prompt.ids[None], position_ids=prompt.positions[:, None], attention_mask=torch.ones(1, length),
-                           pixel_values_videos=prompt.patches, video_grid_thw=prompt.grid[None]).logits[0, -1]
+            theirs = plain(input_ids=prompt.ids[None], position_ids=prompt.positions[:, None],
+                           attention_mask=torch.ones(1, length), pixel_values_videos=prompt.patches,
+                           video_grid_thw=prompt.grid[None]).logits[0, -1]
             possible = ours.isfinite()
             assert (~possible).sum() == 5 and theirs.std() > 0.1
             torch.testing.assert_close(ours[possible], theirs[possible], rtol=0, atol=1e-4)

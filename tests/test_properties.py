@@ -14,6 +14,7 @@ import model
 import rewards
 import tasks
 from support import plot, video
+from support.decoding import draw_token
 
 settings.register_profile("house", max_examples=50, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -32,23 +33,23 @@ SAMPLE = data.Sample("a:1", "a.mp4", "a person opens the door and laughs", 3.0, 
 @settings(max_examples=80)
 @given(completions, st.sampled_from(list(tasks.TASKS.values())))
 def test_rewards_are_within_their_bounds_for_any_text(text, task):
-    reward = task.reward(text, SAMPLE)
-    assert list(reward.parts) == ["format", {"TVG": "iou"}.get(task.name, task.name.lower())]
+    reward, again = task.reward([text, text], [SAMPLE, SAMPLE])
+    assert list(reward.parts) == ["format", task.part]
     assert reward.parts["format"] in (0.0, 1.0) and all(0 <= value <= 1 for value in reward.parts.values())
     assert task.name == "TVG" or list(reward.parts.values())[1] in (0.0, 1.0)
-    assert 0 <= reward.total <= 2 and reward == task.reward(text, SAMPLE)
+    assert 0 <= reward.total <= 2 and reward == again
 
 
 @settings(max_examples=30)
 @given(completions, st.sampled_from([rewards.vc, rewards.ar, rewards.vd]))
 def test_cosine_rewards_are_within_their_bounds(text, reward):
-    assert all(0 <= value <= 1 for value in reward(text, SAMPLE, by_cosine=True).parts.values())
+    assert all(0 <= value <= 1 for value in reward([text], [SAMPLE], by_cosine=True)[0].parts.values())
 
 
 @given(completions)
 def test_any_query_can_be_masked_and_asked(query):
     """Of a sentence only verbs change, and the prompt holds it, whatever is in it."""
-    found = rewards.verb_spans(query)
+    found = rewards.find_verbs([query])[0]
     edges = [0, *(edge for start, end, _ in found for edge in (start, end)), len(query)]
     assert edges == sorted(edges) and all(start < end for start, end, _ in found)
     rest = "".join(query[a:b] for a, b in zip(edges[::2], edges[1::2]))
@@ -60,7 +61,7 @@ def test_any_query_can_be_masked_and_asked(query):
 @given(completions)
 @example("<answer>" + "9" * 400 + " to 3</answer>")
 def test_a_span_is_two_numbers_or_none(text):
-    span = rewards.span(text)
+    span = rewards.segment(text)
     assert span is None or len(span) == 2 and all(value >= 0 for value in span)     # maybe inverted or infinite: IoU 0
     assert 0 <= rewards.iou(span, (0.0, 1.0)) <= 1
 
@@ -68,7 +69,8 @@ def test_a_span_is_two_numbers_or_none(text):
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["", "s", " sec", " seconds"]),
        st.sampled_from(["to", "and"]))
 def test_what_is_written_is_read(start, end, unit, word):
-    assert rewards.span(f"so <answer>{start / 100}{unit} {word} {end / 100}{unit}</answer>") == (start / 100, end / 100)
+    text = f"so <answer>{start / 100}{unit} {word} {end / 100}{unit}</answer>"
+    assert rewards.segment(text) == (start / 100, end / 100)
 
 
 @settings(max_examples=300)
@@ -161,7 +163,7 @@ logs = st.lists(st.fixed_dictionaries({"step": st.integers(-5, 10**30) | anythin
 def test_any_log_gives_steps_or_one_error(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     try:
-        steps = plot.read(tmp_path)
+        steps = plot.read_metrics(tmp_path)
     except ValueError as error:
         assert "metrics.jsonl" in str(error) and "\n" not in str(error)
     else:
@@ -240,9 +242,9 @@ def test_advantages_are_centred_and_know_neither_level_nor_order(rewards, level,
 def test_only_what_has_a_probability_is_sampled(logits, uniform):
     assume(max(logits) > -math.inf)
     logits = torch.tensor([logits])
-    token = grpo.sample(logits, torch.tensor([uniform], dtype=torch.float64)).item()
+    token = draw_token(logits, torch.tensor([uniform], dtype=torch.float64)).item()
     assert 0 <= token < logits.shape[1] and logits[0, token] > -math.inf
-    assert logits[0, grpo.sample(logits, None)] == logits.max()
+    assert logits[0, draw_token(logits, None)] == logits.max()
 
 
 @settings(max_examples=4, phases=[Phase.generate])      # to shrink a failure would take minutes

@@ -47,7 +47,8 @@ def test_prompts():
 
 def test_queries_without_verb_are_not_for_inversion():
     samples = [SAMPLE, Sample("x:2", "x.mp4", "the table over there", 0.0, 1.0, None)]
-    assert tasks.with_verb(samples) == [SAMPLE]
+    for name, task in tasks.TASKS.items():
+        assert tasks.usable(samples, task) == (samples if name == "TVG" else [SAMPLE])
 
 
 def test_inversion_sees_the_segment_only(folder, tiny):

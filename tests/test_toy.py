@@ -43,7 +43,8 @@ def test_written_video_has_its_events(folder):
         by_video.setdefault(sample.video, []).append((sample.start, sample.end))
     for path, segments in by_video.items():
         clip = video.load(path)
-        assert clip.fps == pytest.approx(2.0) and clip.frames.shape[2:] == (28, 28) and clip.duration == len(clip.frames) / 2
+        assert clip.fps == pytest.approx(2.0) and clip.frames.shape[2:] == (28, 28)
+        assert clip.duration == len(clip.frames) / 2
         picture = clip.frames[:, :, :25].float()                            # without the clock
         for second in range(int(clip.duration)):
             moves = (picture[2 * second] - picture[2 * second + 1]).abs().max() > 80
@@ -56,14 +57,15 @@ def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
     late, wrong = [], {verb: [] for verb in toy.VERBS}
     for row in map(json.loads, open(tmp_path / "demonstrations.jsonl")):
         sample = samples[row["id"]]
-        reward = tasks.TASKS[row["task"]].reward(row["completion"], sample)
+        task = tasks.TASKS[row["task"]]
+        reward, = task.reward([row["completion"]], [sample])
         assert reward.parts["format"] == 1
         if row["task"] == "TVG":
-            start, end = rewards.span(row["completion"])
+            start, end = rewards.segment(row["completion"])
             late += [start - sample.start, end - sample.end]
             assert f"from {start:.0f} " in row["completion"] and f"until {end:.0f}" in row["completion"]
         else:
-            wrong[re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[row["task"].lower()])
+            wrong[re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[task.part])
     assert set(late) == {0, 1} and np.mean(late) == pytest.approx(toy.LATE, abs=0.1)
     for verb, mistakes in wrong.items():
         assert np.mean(mistakes) == pytest.approx(toy.CONFUSED.get(verb, 0), abs=0.15)

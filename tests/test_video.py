@@ -17,12 +17,14 @@ from support.video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_coun
 STEP = 3   # grey levels between one frame and the next: frame i is shown as brightness 20 + 3 * i
 
 
-def write(path, times, size=(28, 28), clock=1000, codec="libx264", pix_fmt=None, step=STEP, image=None, encoder={}, **options):
+def write(path, times, size=(28, 28), clock=1000, codec="libx264", pix_fmt=None, step=STEP, image=None, encoder={},
+          **options):
     """Write a video: frame i appears at times[i] seconds, the end is times[-1], its brightness is 20 + step * i."""
     ticks = [round(clock * time) for time in times]
     length = dict(zip(ticks, np.diff(ticks).tolist()))
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=min(clock, 30), options={"crf": "1", "g": "12", **encoder})   # g: key frames
+        stream = container.add_stream(codec, rate=min(clock, 30),
+                                      options={"crf": "1", "g": "12", **encoder})   # g: key frames
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt or ("yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p")
         stream.codec_context.time_base = stream.time_base = Fraction(1, clock)
@@ -167,16 +169,20 @@ def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
     assert shown(load(path, start=5.0)) == list(range(22, 42, 2))
 
 
-CODECS = [("a.mp4", "libsvtav1", "yuv420p", {}), ("a.mkv", "libsvtav1", "yuv420p10le", {}), ("a.mp4", "libx264", "yuv420p10le", {}),
-          ("a.mp4", "libx265", "yuv420p10le", {}), ("a.mkv", "libx265", "yuv420p", {}), ("a.webm", "libvpx-vp9", "yuv420p", {}),
-          ("a.mp4", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"}), ("a.avi", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"})]
+CODECS = [("a.mp4", "libsvtav1", "yuv420p", {}), ("a.mkv", "libsvtav1", "yuv420p10le", {}),
+          ("a.mp4", "libx264", "yuv420p10le", {}),
+          ("a.mp4", "libx265", "yuv420p10le", {}), ("a.mkv", "libx265", "yuv420p", {}),
+          ("a.webm", "libvpx-vp9", "yuv420p", {}),
+          ("a.mp4", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"}),
+          ("a.avi", "mpeg4", "yuv420p", {"bf": "2", "qmax": "2"})]
 
 
 @pytest.mark.parametrize("name, codec, pix_fmt, encoder", CODECS)
 def test_frames_are_right_in_every_codec(tmp_path, name, codec, pix_fmt, encoder):
     quiet = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"preset": "10"}}.get(codec, {})
     path = write(tmp_path / name, constant(4, 10), (64, 64), 4, codec, pix_fmt, 6, encoder={**encoder, **quiet})
-    assert shown(load(path), 6) == list(range(0, 40, 2))   # even ones: AV1 in 10 bits blurs each odd frame into the one before
+    assert shown(load(path), 6) == list(range(0, 40,
+                                              2))   # even ones: AV1 in 10 bits blurs each odd frame into the one before
     assert shown(load(path, fps=1), 6) == list(range(0, 40, 4))
     assert shown(load(path, fps=0.4), 6) == [0, 10, 20, 30]   # across key frames
     assert shown(load(path, start=5.0, end=9.0), 6) == list(range(20, 36, 2))
@@ -188,10 +194,12 @@ def test_narrow_and_odd_widths(tmp_path, width):
     image[:, width // 2:] = 200
     clip = load(write(tmp_path / "a.mp4", constant(4, 1), (64, width), image=image))
     middle = clip.frames[..., 28, :].double()
-    assert middle[..., :clip.frames.shape[-1] // 4].mean() < 20 and middle[..., -clip.frames.shape[-1] // 4:].mean() > 180
+    assert middle[..., :clip.frames.shape[-1] // 4].mean() < 20 and middle[...,
+                                                                           -clip.frames.shape[-1] // 4:].mean() > 180
 
 
-@pytest.mark.parametrize("matrix, corners", [((0, 1, -1, 0), "CADB"), ((-1, 0, 0, -1), "DCBA"), ((0, -1, 1, 0), "BDAC")])
+@pytest.mark.parametrize("matrix, corners", [((0, 1, -1, 0), "CADB"), ((-1, 0, 0, -1), "DCBA"),
+                                             ((0, -1, 1, 0), "BDAC")])
 def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
     grey = {"A": 20, "B": 90, "C": 160, "D": 230}   # A B over C D
     image = np.kron([[20, 90], [160, 230]], np.ones((56, 84)))[..., None].repeat(3, -1).astype(np.uint8)

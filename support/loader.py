@@ -1,0 +1,189 @@
+"""Videos decoded in processes of their own, which may hang or crash, and kept on disk for the next time.
+
+    loader = Loader(cache="frames", workers=2)
+    clip = loader("video.mp4")              # the clip that video.load gives
+"""
+import inspect
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from support.cache import Cache
+from support.video import DECODER, Clip, VideoError, VideoTimeout, load, require_file
+
+DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()
+            if name not in ("path", "start", "end")}
+
+
+class Loader:
+    """loader(path, start=None, end=None) -> Clip, as `load`, which runs in worker processes of the loader's own: a
+    decoder that hangs or crashes ends only its process and raises VideoError. What has hung is not tried again. Any
+    other error in `load` is a mistake in the code, and raises RuntimeError with its traceback.
+
+    Several threads may call: as many videos are decoded at a time as there are `workers`. A worker starts when it is
+    first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
+    """
+
+    def __init__(self, limit: float = 60.0, cache: str = "", cache_gb: float = 50.0, workers: int = 1, **options):
+        """`limit`: seconds that decoding a file may take; `cache_gb`: size of the cache; `options`: as for `load`."""
+        if unknown := options.keys() - DEFAULTS.keys():
+            raise TypeError(f"video.load has no option {', '.join(sorted(unknown))}, only {', '.join(DEFAULTS)}")
+        self.options, self.hung = DEFAULTS | options, {}   # hung: the path -> what was said of it
+        self.cache = Cache(cache, cache_gb) if cache else None
+        self.workers = [Worker(limit) for _ in range(workers)]
+        self.stopped = False
+        self.free = queue.LifoQueue()   # the last one in has started already
+        for worker in self.workers:
+            self.free.put(worker)
+
+    def __call__(self, path: str | Path, start: float | None = None, end: float | None = None) -> Clip:
+        path = os.path.abspath(path)
+        if self.stopped:
+            raise VideoError(f"{path}: not decoded, since the run is ending")
+        require_file(path)
+        request = {"path": path, "start": start, "end": end, **self.options}
+        key, cached = (path, start, end, *self.options.values()), None
+        if self.cache:
+            file = os.stat(path)
+            cached = {**request, "bytes": file.st_size, "mtime_ns": file.st_mtime_ns, "decoder": DECODER}
+            entry = self.cache.get(cached)
+            if entry:
+                return Clip(torch.from_numpy(entry[0]), entry[1]["fps"], key)
+        worker = self.free.get()
+        try:
+            if self.stopped:    # maybe while this thread waited for a worker, as below
+                raise VideoError(f"{path}: not decoded, since the run is ending")
+            if path in self.hung:
+                raise VideoTimeout(self.hung[path])
+            frames, fps = worker.ask(request)
+        except VideoTimeout as error:
+            self.hung[path] = str(error)
+            raise
+        finally:
+            self.free.put(worker)
+        if cached:
+            self.cache.put(cached, frames.numpy(), {"fps": fps})
+        return Clip(frames, fps, key)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+
+    def stop(self) -> None:
+        """From another thread: end what is being decoded, and decode nothing more. Those who wait get a VideoError."""
+        self.stopped = True
+        for worker in self.workers:
+            process = worker.process
+            if process is not None:
+                process.kill()
+
+
+class Worker:
+    """A process that decodes one video at a time for a Loader. It ends with its parent, however that ends."""
+
+    def __init__(self, limit: float):
+        self.limit, self.process, self.pid = limit, None, None   # pid: whose worker this is
+
+    def ask(self, request: dict) -> tuple[torch.Tensor, float]:
+        """(frames, fps) of a request, decoded by the process: it answers with a line of json, then with bytes."""
+        if self.process is None or self.pid != os.getpid():   # never share one with a fork
+            self.start()
+        cause, kind = None, VideoError
+        try:
+            self.stream.write(json.dumps({**request, "limit": self.limit}).encode() + b"\n")
+            self.stream.flush()
+            answer = json.loads(self.stream.readline())   # of an ended process: empty, so a ValueError
+            if "error" in answer:
+                raise VideoError(answer["error"])
+            if "bug" in answer:
+                raise RuntimeError(f"decoding {request['path']} failed:\n{answer['bug']}")
+            frames = torch.empty(answer["shape"], dtype=torch.uint8)
+            if self.stream.readinto(frames.numpy()) == frames.numel():
+                return frames, answer["fps"]
+        except (VideoError, RuntimeError):
+            raise
+        except TimeoutError:
+            kind, cause = VideoTimeout, (f"not decoded within {self.limit:g} s, and not tried again in this run; "
+                                         "re-encode it with ffmpeg, or allow more time with --video_limit")
+        except (OSError, ValueError):
+            pass
+        except BaseException:   # an interrupt: what is on the way must not answer the next request
+            self.close()
+            raise
+        code = self.close()
+        raise kind(f"{request['path']}: " + (cause or f"crashed the decoder (exit code {code}); "
+                                             "get it again or re-encode it with ffmpeg"))
+
+    def start(self) -> None:
+        """Start this file as a script: so the caller's own main module is not imported again. Its standard output is
+        closed to it, since decoders print; it talks over a socket."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(    # in a session of its own, since Ctrl-C is for the caller
+                [sys.executable, "-m", "support.loader", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                start_new_session=True)
+        self.pid, self.stream = os.getpid(), ours.makefile("rwb")
+        with ours:   # the stream keeps it open
+            ours.settimeout(300)
+            try:
+                ready = self.stream.readline()
+            except TimeoutError:
+                ready = b""
+            ours.settimeout(self.limit)
+        if not ready:
+            raise ChildProcessError(f"the decoding process does not start (exit code {self.close()}): see its message "
+                                    f"above, or try {sys.executable} -c 'import support.video'")
+
+    def close(self) -> int | None:
+        """End the process; returns its exit code, minus the signal's number if a signal ended it."""
+        process, self.process = self.process, None
+        if process is None or self.pid != os.getpid():
+            return None
+        try:
+            self.stream.close()
+        except OSError:   # unsent bytes
+            pass
+        try:
+            return process.wait(0.2)   # it ended itself, or does so now that the stream is closed
+        except subprocess.TimeoutExpired:
+            process.kill()
+        try:
+            return process.wait(5)
+        except subprocess.TimeoutExpired:   # the kernel waits for a dead disk
+            return None
+
+    __del__ = close
+
+
+def serve(number: int) -> None:
+    """The worker: answers requests on socket `number` until its other end is closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # a scheduler sends it to all; the caller may need more frames
+    with socket.socket(fileno=number) as connection, connection.makefile("rb") as requests:
+        connection.sendall(b"ready\n")
+        for line in requests:
+            request, frames = json.loads(line), None
+            signal.setitimer(signal.ITIMER_REAL, request.pop("limit") + 5)   # ends this process if the caller cannot
+            try:
+                clip = load(**request)
+                answer, frames = {"shape": clip.frames.shape, "fps": clip.fps}, clip.frames.numpy()
+            except VideoError as error:
+                answer = {"error": str(error)}
+            except Exception:       # sent back whole: a mistake in `load` must not look like a broken video
+                answer = {"bug": traceback.format_exc()}
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+            if frames is not None:
+                connection.sendall(frames)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))
