@@ -37,8 +37,8 @@ def read_metrics(path: str | Path) -> list[dict]:
         try:
             step = json.loads(line)
             numbers = {key: value for key, value in step.items() if type(value) in (int, float) and abs(value) < 1e15}
-            steps.append({**numbers, "task": str(step.get("task", "?")), "step": int(numbers["step"]),
-                          "own": numbers.get(step.get("part"))})
+            own = {"own": numbers[step["part"]]} if step.get("part") in numbers else {}
+            steps.append({**numbers, **own, "task": str(step.get("task", "?")), "step": int(numbers["step"])})
         except (ValueError, KeyError, AttributeError, RecursionError) as error:
             if number < len(lines):   # the last one may be half written
                 raise ValueError(f"{path}: line {number} is not the JSON object of a step; remove it") from error

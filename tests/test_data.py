@@ -1,17 +1,14 @@
-"""Annotation files of every format with their irregularities, looking up videos, the linter; the stream of samples."""
+"""Annotation files of every format with their irregularities, looking up videos, the linter."""
 import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
 import data
 import toy
-from support import stream
-from support.video import VideoError
 
 
 @pytest.fixture
@@ -304,43 +301,10 @@ def test_missing_paths(tmp_path, videos):
             data.read(str(tmp_path / "ok.txt"), str(tmp_path / folder))
 
 
-def test_every_epoch_is_a_new_order_of_all_samples():
-    stream = [data.pick(list(range(10)), i, 5, lambda s: -s) for i in range(30)]
-    epochs = [[s for s, *_ in stream[i:i + 10]] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert all(made == -s and not errors for s, made, errors in stream)
-    assert data.pick(list(range(10)), 17, 5, str)[0] == stream[17][0]
-
-
-def test_unreadable_video_is_replaced_and_named():
-    def make(sample):
-        if sample < 5:
-            raise VideoError(f"{sample}: broken")
-        return sample
-
-    picked = [data.pick(list(range(10)), i, 0, make) for i in range(10)]
-    assert all(sample >= 5 for sample, *_ in picked)
-    assert {str(errors[0]) for *_, errors in picked if errors} == {f"{i}: broken" for i in range(5)}
-    assert [p[:2] for p in picked] == [data.pick(list(range(10)), i, 0, make)[:2] for i in range(10)]
-    with pytest.raises(VideoError, match="broken"):
-        data.pick([1, 2, 3], 0, 0, make)
-
-
-def test_any_number_of_threads_picks_the_same():
-    running, most = [], []
-
-    def make(sample):
-        running.append(sample)
-        most.append(len(running))
-        time.sleep(0.01 if sample % 3 else 0.03)        # so that they end in another order
-        running.remove(sample)
-        if sample % 4 == 0:
-            raise VideoError(f"{sample}: broken")
-        return -sample
-
-    alone, together = (stream.pick_all(list(range(20)), range(3, 15), 7, make, threads) for threads in (1, 4))
-    plain = lambda picked: [(sample, made, [str(error) for error in errors]) for sample, made, errors in picked]
-    assert plain(alone) == plain(together) == plain([data.pick(list(range(20)), i, 7, make) for i in range(3, 15)])
-    assert any(errors for *_, errors in alone) and 1 < max(most) <= 4
-    with pytest.raises(VideoError, match="broken"):
-        stream.pick_all([4, 8], range(2), 0, make, 2)
+def test_a_text_file_is_read_without_decord_or_torch(tmp_path):
+    (tmp_path / "ok.txt").write_text("AO8RW 0 1##a person eats.\n")
+    script = ("import sys, data; data.read('ok.txt', None)\n"
+              "print(sorted({'torch', 'decord', 'transformers', 'spacy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)})
+    assert done.stdout == "[]\n", done.stderr

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_video import broken, constant, counted, shown, write
 
-import data
+from support import loader as loaders
 from support import stream, video
-from support.loader import Loader
+from support.loader import Loader, Worker
 from support.video import VideoError, load
 
 
@@ -102,7 +102,7 @@ def test_workers_decode_at_the_same_time_and_a_hang_holds_up_only_its_own(toy, t
 
 def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
     loader = Loader(limit=60.0)
-    make = lambda step: data.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
+    make = lambda step: stream.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
     began = time.perf_counter()
     with pytest.raises(KeyError), stream.prefetched(make, range(9), loader) as made:
         for step, (_, clip, _) in made:
@@ -116,14 +116,6 @@ def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
     assert time.perf_counter() - began < 30 and worker.wait(5) == -signal.SIGKILL
     with pytest.raises(VideoError, match="the run is ending"):
         loader(toy)
-
-
-def test_prefetched_makes_each_step_once_in_order(loader):
-    made = []
-    with stream.prefetched(lambda step: made.append(step) or step ** 2, range(3, 6), Loader()) as batches:
-        assert list(batches) == [(3, 9), (4, 16), (5, 25)] and made == [3, 4, 5]
-    with stream.prefetched(made.append, range(3, 3), Loader()) as batches:
-        assert list(batches) == [] and made == [3, 4, 5]
 
 
 def test_a_missing_file_costs_no_worker(tmp_path):
@@ -182,8 +174,9 @@ def test_a_cached_clip_is_the_same_and_needs_no_worker(toy, tmp_path, loader):
 def test_what_changes_the_frames_changes_the_entry(toy, tmp_path, monkeypatch):
     path, asked = tmp_path / "a.mp4", []
     path.write_bytes(toy.read_bytes())
-    monkeypatch.setattr(video.Worker, "ask", lambda self, request: asked.append(request) or counted(4))
-    make = lambda **options: Loader(cache=tmp_path / "cache", **options)   # noqa: E731
+    monkeypatch.setattr(Worker, "ask", lambda self, request: asked.append(request) or
+                        (counted(4).frames, 2.0))
+    make = lambda **options: Loader(cache=tmp_path / "cache", **options)
     make()(path), make()(path)
     assert len(asked) == 1
     for options in ({"fps": 1.0}, {"total_pixels": 1000}, {"min_pixels": 784}, {"max_frames": 8}):
@@ -195,6 +188,30 @@ def test_what_changes_the_frames_changes_the_entry(toy, tmp_path, monkeypatch):
     path.write_bytes(toy.read_bytes() + b"\0")
     os.utime(path, ns=(0, 1))   # the same time, another size
     make()(path)
-    monkeypatch.setattr(video, "DECODER", "another")
+    monkeypatch.setattr(loaders, "DECODER", "another")
     make()(path)
     assert len(asked) == 10
+
+
+def test_an_unknown_option_is_named_at_once():
+    with pytest.raises(TypeError, match="no option total_pixel, only fps, total_pixels"):
+        Loader(total_pixel=3)
+
+
+def test_a_mistake_in_load_is_no_broken_video(toy, loader):
+    """A VideoError would have the video replaced; here the traceback comes back, and the worker goes on."""
+    loader.options["fps"] = "two"
+    with pytest.raises(RuntimeError, match="(?s)a.mp4.*Traceback.*frame_count.*TypeError"):
+        loader(toy)
+    worker = loader.workers[0].process.pid
+    loader.options["fps"] = 2.0
+    assert same(loader(toy), load(toy)) and loader.workers[0].process.pid == worker
+
+
+def test_equal_keys_are_equal_frames(toy, loader, tmp_path):
+    clips = [load(str(toy)), loader(str(toy)), Loader(cache=tmp_path / "cache")(toy)]
+    assert len({clip.key for clip in clips}) == 1
+    changed = [clips[0].cut(0, 2), clips[0].cut(1, 2), clips[0].grey(), load(str(toy), end=2.0),
+               load(str(toy), fps=1.0)]
+    assert len({clip.key for clip in changed} | {clips[0].key}) == 6
+    assert loader(toy).cut(1, 2).key == changed[1].key

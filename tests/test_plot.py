@@ -23,7 +23,7 @@ def log(path, steps, tasks=tuple(PART), ending=""):
     for step in range(1, steps + 1):
         task, score = tasks[step % len(tasks)], rng.random()
         lines.append(json.dumps({
-            "step": step, "task": task, "reward": 1 + score, "format": 1.0, PART.get(task, "score"): score,
+            "step": step, "task": task, "reward": 1 + score, "format": 1.0, PART.get(task, "score"): score, "part": PART.get(task, "score"),
             "tokens": 40 * rng.random(), "truncated": 0.0, "flat": 0.25, "kl": 0.01 * rng.random(), "loss": 0.0,
             "grad_norm": rng.random(), "lr": 1e-5, "seconds": 1.5, "tokens_per_second": 900.0}) + "\n")
     path.parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def check(path, width, height):
 @pytest.mark.parametrize("steps, ending", [(1, ""), (5, '{"step": 6, "ta'), (120, "6\n")])
 def test_curves_of_one_run(tmp_path, steps, ending):
     path = log(tmp_path / "metrics.jsonl", steps, ending=ending)
-    assert len(plot.read(path)) == steps
+    assert len(plot.read_metrics(path)) == steps
     plot.curves(path, tmp_path / "out" / "curves.png")
     check(tmp_path / "out" / "curves.png", 1600, 700)
 
