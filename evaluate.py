@@ -3,12 +3,15 @@
     python evaluate.py --model DIR --annotations test.txt --videos DIR --output runs/x/test
     torchrun --nproc_per_node=8 evaluate.py ...     the same numbers on eight GPUs
     python evaluate.py ... --blind                  with every frame grey: what the queries alone give away
+    python evaluate.py ... --tasks TVG --swap_queries   asks for another event of the video: what guessing gives
+    python evaluate.py --fixed_answer train.txt --annotations test.txt  the best one answer for all; no model
     python evaluate.py --predictions FILE --annotations test.txt        scores answers, whoever gave them; no model
 
 R1@m is the share of queries whose answer has IoU >= m (R1>m: IoU > m, as Time-R1 counts), mIoU the mean IoU. An answer
 that cannot be parsed and a video that cannot be read count with IoU 0, and are counted. "..._95" is a 95 % interval. Of
 a query with several windows (QVHighlights) each is a sample; best_window_... has one value a query, that of its best
-window. VC, AR and VD are judged by the rewards of training (Eq. 5-7).
+window. right_event and same_answer tell whether answers follow the query: see support/scores.py. VC, AR and VD are
+judged by the rewards of training (Eq. 5-7).
 
 Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to
 --output. Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again,
@@ -25,7 +28,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -65,6 +68,9 @@ class Config:
     video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     blind: bool = flag(False, "show grey frames instead of the video")
+    swap_queries: bool = flag(False, "ask each video for another of its events, and score against the first one's "
+                                     "truth; TVG alone, and only queries with a disjoint one in their video")
+    fixed_answer: str = flag("", "annotation file: score the one answer for all queries that is the best for these")
 
 
 def main(config: Config) -> dict[str, float | list[float]]:
@@ -73,8 +79,10 @@ def main(config: Config) -> dict[str, float | list[float]]:
     samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
     if config.predictions:
         found = score_predictions(config.predictions, samples)
+    elif config.fixed_answer:
+        found = score_fixed_answer(data.read(config.fixed_answer, None)[0], samples)
     else:
-        found = summarise(predict(config, samples))
+        found = summarise(predict(config, swap_queries(samples) if config.swap_queries else samples))
     found["rejected"] = len(rejected)
     if config.output and os.environ.get("RANK", "0") == "0":
         launch.write_config(config, config.output)
@@ -143,8 +151,12 @@ def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tup
 
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a config that cannot work, or with which --output was not begun."""
-    if bool(config.predictions) == bool(config.model) or config.model and not (config.videos and config.output):
-        raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers")
+    given = sum(map(bool, (config.model, config.predictions, config.fixed_answer)))
+    if given != 1 or config.model and not (config.videos and config.output):
+        raise ValueError("give either --model, with --videos and --output, or --predictions, a file of answers, or "
+                         "--fixed_answer, a file of annotations")
+    if config.swap_queries and (not config.model or config.tasks != ["TVG"]):
+        raise ValueError("--swap_queries asks a --model about whole videos: give --tasks TVG with it")
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
@@ -280,11 +292,47 @@ def score_predictions(path: str, samples: list[data.Sample]) -> dict[str, float 
     counts["missing"] = len(samples) - len(found)
     for sample in samples:
         row, truth = found.get(sample.id, {"start": None, "error": "missing"}), (sample.start, sample.end)
-        rows.append({**row, "task": "TVG", "video": sample.video, "query": sample.query, "truth": truth,
-                     "iou": iou_of(row, truth)})
+        rows.append({**row, "id": sample.id, "task": "TVG", "video": sample.video, "query": sample.query,
+                     "truth": truth, "iou": iou_of(row, truth)})
     found = summarise(rows)
     counts["failed"] = found.pop("unreadable") - counts["missing"]
     return {**found, **counts}
+
+
+def swap_queries(samples: list[data.Sample]) -> list[data.Sample]:
+    """The samples with another event in their video, each with that one's query, the next in the file. A model that
+    grounds finds that event and scores about 0; one that guesses scores as before."""
+    disjoint = lambda a, b: a.query != b.query and (a.end <= b.start or b.end <= a.start)
+    swapped, videos = [], {}
+    for sample in samples:
+        videos.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)
+    for sample in samples:
+        of_one = videos[sample.video, sample.video_start, sample.video_end]
+        place = of_one.index(sample)
+        others = [other for other in of_one[place + 1:] + of_one[:place] if disjoint(sample, other)]
+        swapped += [replace(sample, query=others[0].query)] if others else []
+    if not swapped:
+        raise ValueError("--swap_queries: no video has two queries whose segments do not overlap")
+    return swapped
+
+
+def score_fixed_answer(learn: list[data.Sample], samples: list[data.Sample]) -> dict[str, float | list[float]]:
+    """Scores of one answer for all queries, the best for `learn`: in seconds, or in shares of the video's duration
+    where all durations are known and that does better there. So much is reached without video and query."""
+    span = lambda sample: np.array((sample.start, sample.end))
+    truths, scale = np.stack([span(sample) for sample in learn]), [1.0] * len(samples)
+    fixed = scores.best_fixed_span(truths)
+    if all(sample.duration for sample in learn + samples):
+        lengths = np.array([[sample.duration] for sample in learn])                             # (n, 1) seconds
+        share = scores.best_fixed_span(truths / lengths)
+        if scores.ious(np.array(share), truths / lengths).mean() > scores.ious(np.array(fixed), truths).mean():
+            fixed, scale = share, [sample.duration for sample in samples]
+    rows = []
+    for sample, seconds in zip(samples, scale):
+        row = {"task": "TVG", "id": sample.id, "video": sample.video, "query": sample.query,
+               "start": fixed[0] * seconds, "end": fixed[1] * seconds, "truth": (sample.start, sample.end)}
+        rows.append({**row, "iou": iou_of(row, row["truth"])})
+    return {**summarise(rows), "fixed_answer": list(fixed)}
 
 
 def iou_of(row: dict, truth: tuple[float, float]) -> float:
@@ -302,6 +350,8 @@ def summarise(rows: list[dict]) -> dict[str, float | list[float]]:
         found["unparsable"] = sum(row["start"] is None and not row.get("error") for row in tvg)
         for row in tvg:
             windows.setdefault((row.get("video"), row.get("query")), []).append(row)
+    if tvg and all({"truth", "id", "video"} <= row.keys() for row in tvg):
+        found.update(scores.grounding(tvg))
     if all("truth" in row for row in tvg) and len(windows) < len(tvg):  # one answer a query: that to its first window
         best = [max(iou_of(of[0], row["truth"]) for row in of) for of in windows.values()]
         found["best_window_queries"] = len(best)

@@ -1,5 +1,6 @@
-"""Statistics of answers: mIoU, R1@m, and how sure they are."""
+"""Statistics of answers: mIoU, R1@m, whether they follow the query, and how sure all of it is."""
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -37,3 +38,52 @@ def difference(before: list[dict], after: list[dict], key: str = "iou") -> tuple
     rises = np.array([row[key] - old[row["id"]] for row in after])
     low, high = interval(rises[:, None], [row["video"] for row in after])
     return float(rises.mean()), float(low[0]), float(high[0])
+
+
+def ious(spans: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """IoU of time spans (..., 2) and true ones (..., 2); 0 where a span has a NaN, or no length."""
+    shared = np.minimum(spans[..., 1], truths[..., 1]) - np.maximum(spans[..., 0], truths[..., 0])
+    union = spans[..., 1] - spans[..., 0] + truths[..., 1] - truths[..., 0] - shared
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((spans[..., 1] > spans[..., 0]) & (shared > 0), shared / union, 0.0)
+
+
+def grounding(rows: list[dict]) -> dict[str, float | list[float]]:
+    """Whether answers follow the query, over the pairs of queries of one video whose true segments are disjoint:
+
+    right_event: share of these queries whose answer has more IoU with its own truth than with that of any other of
+    them. same_answer: share of the pairs that get the same answer. An answer that ignores the query is right for one
+    event of a video at most, and always the same. Empty when there is no such pair.
+    """
+    videos, right, same = {}, {}, []
+    for row in rows:
+        videos.setdefault(row["video"], []).append(row)
+    for pairs in (combinations(of_one, 2) for of_one in videos.values()):
+        for a, b in pairs:
+            disjoint = a["truth"][1] <= b["truth"][0] or b["truth"][1] <= a["truth"][0]
+            if a["query"] == b["query"] or not disjoint:
+                continue
+            answers = np.array([[row["start"], row["end"]] for row in (a, b)], dtype=float)     # NaN: no answer
+            own, other = (ious(answers, np.array(truths)) for truths in ((a["truth"], b["truth"]),
+                                                                         (b["truth"], a["truth"])))
+            for row, beats in zip((a, b), own > other):
+                right[row["id"]] = row["video"], bool(beats) and right.get(row["id"], (None, True))[1]
+            same.append((a["video"], bool((answers[0] == answers[1]).all())))
+    found = {}
+    for name, of in (("right_event", list(right.values())), ("same_answer", same)):
+        if of:
+            values = np.array([[value] for _, value in of], dtype=float)                        # (n, 1)
+            found[name] = float(values.mean())
+            if len({video for video, _ in of}) > 1:
+                low, high = interval(values, [video for video, _ in of])
+                found[f"{name}_95"] = [float(low[0]), float(high[0])]
+    return {**found, "event_queries": len(right), "event_pairs": len(same)} if found else {}
+
+
+def best_fixed_span(truths: np.ndarray, points: int = 60) -> tuple[float, float]:
+    """The time span with the highest mean IoU with all of `truths` (n, 2), among those between `points` quantiles of
+    their starts and as many of their ends."""
+    starts, ends = (np.unique(np.quantile(column, np.linspace(0, 1, points), method="nearest")) for column in truths.T)
+    spans = np.array([(start, end) for start in starts for end in ends if end > start])
+    means = [ious(span, truths).mean() for span in spans]
+    return tuple(spans[int(np.argmax(means))].tolist())

@@ -281,3 +281,41 @@ def test_command_line_prints_the_scores(tmp_path):
     (tmp_path / "p.jsonl").unlink()
     with pytest.raises(OSError, match="p.jsonl"):
         evaluate.main(evaluate.Config(annotations=str(tmp_path / "a.txt"), predictions=str(tmp_path / "p.jsonl")))
+
+
+def test_swapped_queries_are_scored_against_the_first_ones_truth(tmp_path):
+    (tmp_path / "a.txt").write_text("A 0 4##he sits.\nA 5 9##he eats.\nA 3 6##he runs.\nA 5 9##he eats.\nB 0 4##he naps.\n")
+    samples = data.read(str(tmp_path / "a.txt"), None)[0]
+    swapped = evaluate.swap_queries(samples)
+    assert [(s.id, s.query, s.start) for s in swapped] == [
+        ("A:1", "he eats.", 0), ("A:2", "he sits.", 5), ("A:4", "he sits.", 5)]     # A:3 overlaps all, B has but one
+    with pytest.raises(ValueError, match="--swap_queries"):
+        evaluate.swap_queries(samples[4:])
+
+
+def test_swapping_is_for_tvg_alone(folder, tmp_path):
+    with pytest.raises(ValueError, match="--swap_queries.*--tasks TVG"):
+        evaluate.main(config(folder, tmp_path / "out", swap_queries=True))
+    scores = evaluate.main(config(folder, tmp_path / "out", swap_queries=True, tasks=["TVG"]))
+    asked = {r["id"]: r["query"] for r in predictions(tmp_path / "out").values()}
+    samples = {s.id: s for s in data.read(str(folder / "test.txt"), str(folder / "videos"))[0]}
+    assert scores["queries"] == len(asked) > 0 and all(samples[i].query != query for i, query in asked.items())
+
+
+def test_best_fixed_answer(tmp_path):
+    """In seconds where durations are unknown, in shares of the duration where that is better for what it learns from."""
+    (tmp_path / "learn.txt").write_text("".join(f"V{i} 2 6##he sits.\n" for i in range(9)) + "W 8 9##he eats.\n")
+    (tmp_path / "test.txt").write_text("A 2 6##he sits.\nA 6 8##he eats.\nB 2 4##he runs.\n")
+    found = evaluate.main(evaluate.Config(annotations=str(tmp_path / "test.txt"),
+                                          fixed_answer=str(tmp_path / "learn.txt")))
+    assert found["fixed_answer"] == [2, 6] and found["mIoU"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert found["right_event"] == 0.5 and found["same_answer"] == 1 and found["queries"] == 3
+    halves = {f"v{i}": {"duration": 10 * i, "timestamps": [[5 * i, 10 * i]], "sentences": ["he sits"]}
+              for i in (1, 3, 9)}
+    (tmp_path / "learn.json").write_text(json.dumps(halves))
+    (tmp_path / "test.json").write_text(json.dumps({"x": {**halves["v1"], "duration": 8, "timestamps": [[4, 8]]}}))
+    found = evaluate.main(evaluate.Config(annotations=str(tmp_path / "test.json"),
+                                          fixed_answer=str(tmp_path / "learn.json")))
+    assert found["fixed_answer"] == [0.5, 1] and found["mIoU"] == 1
+    with pytest.raises(ValueError, match="either --model"):
+        evaluate.main(evaluate.Config(annotations="x", fixed_answer="y", predictions="z"))

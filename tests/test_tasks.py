@@ -1,11 +1,14 @@
 """The draw, the masks, the prompts, and what each task sees."""
+import json
 from collections import Counter
 
 import pytest
 
+import evaluate
 import tasks
+import train
 from data import Sample
-from support import video
+from support import plot, video
 
 SAMPLE = Sample("x:1", "x.mp4", "a person opens the door and walks away.", 1.0, 3.0, None)
 
@@ -59,3 +62,34 @@ def test_inversion_sees_the_segment_only(folder, tiny):
     grids = {name: tasks.prepare(sample, task, tiny[1], video.load).grid.tolist() for name, task in tasks.TASKS.items()}
     assert grids["TVG"][0] == len(video.load(path).frames) // 2
     assert grids["VC"] == grids["AR"] == grids["VD"] == [3, 2, 2]
+
+
+def test_a_new_task_is_one_place(folder, warm, tmp_path, monkeypatch):
+    """The object of the action, OBJ, as anybody would add it: a reward and a Task. It is trained, logged, evaluated and
+    drawn under the name of its part."""
+    source = '''
+def objects(completions, samples):
+    """1 if the answer is the noun that the query speaks of, else 0."""
+    return [Reward({"format": rewards.format_reward(text, timed=False),
+                    "noun": float((rewards.answer(text) or "") in sample.query.split())})
+            for text, sample in zip(completions, samples, strict=True)]
+
+
+OBJ = Task("OBJ", "What moves? " + FORM.format("one noun"), "noun", objects)
+'''
+    assert len([line for line in source.splitlines() if line.strip()]) <= 15
+    names = {**vars(tasks)}
+    exec(source, names)
+    monkeypatch.setitem(tasks.TASKS, "OBJ", names["OBJ"])
+    monkeypatch.setattr(tasks, "INVERSIONS", (*tasks.INVERSIONS, "OBJ"))
+    common = dict(annotations=str(folder / "train.txt"), videos=str(folder / "videos"), max_tokens=8, model=str(warm))
+    train.main(train.Config(output=str(tmp_path / "run"), steps=2, prompts_per_step=1, group_size=2, tvg_prob=0.0,
+                            tasks=["OBJ"], **common))
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert all(row["task"] == "OBJ" and row["part"] == "noun" and 0 <= row["noun"] <= 1 for row in rows)
+    scores = evaluate.main(evaluate.Config(output=str(tmp_path / "test"), tasks=["OBJ"], steps=1, batch_size=2,
+                                           **common))
+    assert 0 <= scores["OBJ"] <= 1
+    plot.curves(tmp_path / "run", tmp_path / "curves.png")
+    assert [step["own"] for step in plot.read_metrics(tmp_path / "run")] == [row["noun"] for row in rows]
+    assert tasks.main(["OBJ", "the circle spins", "<think>a</think> <answer>circle</answer>"]) == 0

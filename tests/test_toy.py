@@ -1,6 +1,7 @@
 """The made-up world is what it says, and `python toy.py` runs through."""
 import json
 import re
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -47,14 +48,16 @@ def test_written_video_has_its_events(folder):
         assert clip.duration == len(clip.frames) / 2
         picture = clip.frames[:, :, :25].float()                            # without the clock
         for second in range(int(clip.duration)):
-            moves = (picture[2 * second] - picture[2 * second + 1]).abs().max() > 80
+            moves = (picture[2 * second] - picture[2 * second + 1]).abs().max() > 30
             assert moves == any(start <= second < end for start, end in segments), (path, second)
 
 
-def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
-    toy.write_world(tmp_path, seed=0, train_videos=120, test_videos=1)
+@pytest.mark.parametrize("weakness", toy.WEAKNESSES)
+def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path, weakness):
+    late_edges, confused, where = toy.WEAKNESSES[weakness]
+    stories = toy.write_world(tmp_path, seed=0, train_videos=120, test_videos=1, weakness=weakness)
     samples = {s.id: s for s in data.read(str(tmp_path / "train.txt"), str(tmp_path / "videos"))[0]}
-    late, wrong = [], {verb: [] for verb in toy.VERBS}
+    late, wrong = [], {(timed, verb): [] for timed in (True, False) for verb in toy.VERBS}
     for row in map(json.loads, open(tmp_path / "demonstrations.jsonl")):
         sample = samples[row["id"]]
         task = tasks.TASKS[row["task"]]
@@ -63,12 +66,33 @@ def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path):
         if row["task"] == "TVG":
             start, end = rewards.segment(row["completion"])
             late += [start - sample.start, end - sample.end]
-            assert f"from {start:.0f} " in row["completion"] and f"until {end:.0f}" in row["completion"]
+            told = re.findall(r"(\d+) (\w+) (yes|no)", row["completion"])
+            assert [int(second) for second, _, _ in told] == list(range(toy.SECONDS))
+            assert [mark == "yes" for *_, mark in told] == [start <= second < end for second in range(toy.SECONDS)]
+            for (_, said, _), verb in zip(told, stories[Path(sample.video).stem].verbs):
+                assert said in (verb, toy.VERBS.get(verb))
+                wrong.get((True, verb), []).append(said != verb)
         else:
-            wrong[re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[task.part])
-    assert set(late) == {0, 1} and np.mean(late) == pytest.approx(toy.LATE, abs=0.1)
-    for verb, mistakes in wrong.items():
-        assert np.mean(mistakes) == pytest.approx(toy.CONFUSED.get(verb, 0), abs=0.15)
+            wrong[False, re.search(r"is (\w+)\.", sample.query)[1]].append(1 - reward.parts[task.part])
+    if weakness != "verbs":
+        assert set(late) <= {0, 1} and np.mean(late) == pytest.approx(toy.LATE * late_edges, abs=0.1)
+    for (timed, verb), mistakes in wrong.items():
+        expected = confused.get(verb, 0) if (timed and "TVG" in where) or (not timed and where) else 0
+        assert np.mean(mistakes) == pytest.approx(expected, abs=0.15)
+
+
+def test_narrated_by_hand():
+    verbs = "resting", "rising", "rising", "growing", "spinning", "blinking", "rising"
+    story = toy.Story("a", "red", "circle", verbs)
+    thought = ("<think>0 rising no 1 rising yes 2 falling no 3 resting no 4 rising no 6 rising</think> "
+               "<answer>5 blinking")
+    told = toy.narrated([{"video": "x/a.mp4", "completion": thought}], {"a": story})
+    assert told == {"narrated": 2 / 6, "opposite": 1 / 6, "rest": 1 / 6, "other": 1 / 6, "missing": 1 / 6}
+
+
+def test_unknown_weakness(tmp_path):
+    with pytest.raises(ValueError, match="--weakness colours: choose from edges, verbs, both, none"):
+        toy.main(toy.Config(output=str(tmp_path / "toy"), weakness="colours"))
 
 
 def test_smoke_run(tmp_path):
