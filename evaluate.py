@@ -291,7 +291,7 @@ def score_predictions(path: str, samples: list[data.Sample]) -> dict[str, float 
         found.update((sample.id, row) for sample in of)
     counts["missing"] = len(samples) - len(found)
     for sample in samples:
-        row, truth = found.get(sample.id, {"start": None, "error": "missing"}), (sample.start, sample.end)
+        row, truth = found.get(sample.id, {"start": None, "end": None, "error": "missing"}), (sample.start, sample.end)
         rows.append({**row, "id": sample.id, "task": "TVG", "video": sample.video, "query": sample.query,
                      "truth": truth, "iou": iou_of(row, truth)})
     found = summarise(rows)

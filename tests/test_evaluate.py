@@ -284,7 +284,8 @@ def test_command_line_prints_the_scores(tmp_path):
 
 
 def test_swapped_queries_are_scored_against_the_first_ones_truth(tmp_path):
-    (tmp_path / "a.txt").write_text("A 0 4##he sits.\nA 5 9##he eats.\nA 3 6##he runs.\nA 5 9##he eats.\nB 0 4##he naps.\n")
+    (tmp_path / "a.txt").write_text("A 0 4##he sits.\nA 5 9##he eats.\nA 3 6##he runs.\nA 5 9##he eats.\n"
+                                    "B 0 4##he naps.\n")
     samples = data.read(str(tmp_path / "a.txt"), None)[0]
     swapped = evaluate.swap_queries(samples)
     assert [(s.id, s.query, s.start) for s in swapped] == [
@@ -303,7 +304,7 @@ def test_swapping_is_for_tvg_alone(folder, tmp_path):
 
 
 def test_best_fixed_answer(tmp_path):
-    """In seconds where durations are unknown, in shares of the duration where that is better for what it learns from."""
+    """In seconds where durations are unknown, in shares of the duration where that is better for the learning set."""
     (tmp_path / "learn.txt").write_text("".join(f"V{i} 2 6##he sits.\n" for i in range(9)) + "W 8 9##he eats.\n")
     (tmp_path / "test.txt").write_text("A 2 6##he sits.\nA 6 8##he eats.\nB 2 4##he runs.\n")
     found = evaluate.main(evaluate.Config(annotations=str(tmp_path / "test.txt"),
