@@ -4,6 +4,7 @@
 """
 import argparse
 import json
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,9 @@ from support.video import Clip
 plt.switch_backend("Agg")   # pictures are files; no display is needed
 plt.rc("axes.spines", top=False, right=False)
 COLOURS = {"TVG": "#0072B2", "VC": "#D55E00", "AR": "#009E73", "VD": "#CC79A7",   # safe for the colour-blind
-           "truth": "#444444", "before": "#E69F00", "after": "#0072B2", "other": "#56B4E9"}
+           "truth": "#444444", "before": "#E69F00", "after": "#0072B2"}
+NEW_TASKS = ("#56B4E9", "#E69F00", "#000000", "#F0E442")    # colours of tasks that are not above, in turn
+OLD_PARTS = ("iou", "vc", "ar", "vd")   # a log from before the rows named their "part" has one of these a row
 PANELS = [   # title, key, label of the y axis, its upper end (None: the data's)
     ("Total reward", "reward", "reward, mean of a step", 2),
     ("Format reward", "format", "share of completions", 1),
@@ -27,8 +30,10 @@ PANELS = [   # title, key, label of the y axis, its upper end (None: the data's)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The steps in a metrics.jsonl, or in the folder that holds it, as dicts of a task and finite numbers; without a
-    torn last line."""
+    """The steps in a metrics.jsonl, or in the folder that holds it, without a torn last line: dicts of a task and
+    finite numbers, and under "own" again the number that is the task's own part of the reward.
+
+    Raises ValueError, which names the file and the line, for what is no log."""
     path = Path(path, "metrics.jsonl") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the output folder of train.py")
@@ -37,7 +42,8 @@ def read_metrics(path: str | Path) -> list[dict]:
         try:
             step = json.loads(line)
             numbers = {key: value for key, value in step.items() if type(value) in (int, float) and abs(value) < 1e15}
-            own = {"own": numbers[step["part"]]} if step.get("part") in numbers else {}
+            parts = [str(step["part"])] if "part" in step else OLD_PARTS
+            own = {"own": numbers[part] for part in parts if part in numbers}
             steps.append({**numbers, **own, "task": str(step.get("task", "?")), "step": int(numbers["step"])})
         except (ValueError, KeyError, AttributeError, RecursionError) as error:
             if number < len(lines):   # the last one may be half written
@@ -55,7 +61,8 @@ def curves(metrics_files: str | Path | dict[str, str | Path], out_png: str | Pat
     files = metrics_files if isinstance(metrics_files, dict) else {"": metrics_files}
     runs = {name: read_metrics(path) for name, path in files.items()}
     present = {step["task"] for steps in runs.values() for step in steps}
-    tasks = {task: COLOURS.get(task, COLOURS["other"]) for task in [*COLOURS, *sorted(present)] if task in present}
+    new = dict(zip(sorted(present - COLOURS.keys()), cycle(NEW_TASKS)))
+    tasks = {task: colour for task, colour in {**COLOURS, **new}.items() if task in present}
     styles = dict(zip(runs, ["-", "--", ":", "-."] * len(runs)))
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     for axis, (title, key, label, top) in zip(axes.flat, PANELS):
@@ -127,6 +134,7 @@ def save(figure: plt.Figure, out_png: str | Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command. What cannot be drawn ends it with one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Draw the curves of one or several training runs.")
     parser.add_argument("runs", nargs="+", help="output folders of train.py, or metrics.jsonl files")
     parser.add_argument("--output", default="curves.png", help="the picture to write")

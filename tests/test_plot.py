@@ -1,10 +1,10 @@
-"""plot.py: every picture is a real PNG, whatever state the logs are in.
-
-    python -m pytest test_plot.py
-"""
-
+"""plot.py: every picture is a real PNG, whatever state the logs are in, and shows what the log holds."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -16,15 +16,16 @@ from support.video import Clip
 PART = {"TVG": "iou", "VC": "vc", "AR": "ar", "VD": "vd"}
 
 
-def log(path, steps, tasks=tuple(PART), ending=""):
-    """Write a metrics.jsonl of made-up numbers; the last line may be followed by a torn one."""
+def log(path, steps, tasks=tuple(PART), ending="", old=False):
+    """Write a metrics.jsonl of made-up numbers; the last line may be followed by a torn one. The rows of an old log do
+    not say which is the task's own part of the reward."""
     rng = np.random.default_rng(0)
     lines = []
     for step in range(1, steps + 1):
         task, score = tasks[step % len(tasks)], rng.random()
         lines.append(json.dumps({
             "step": step, "task": task, "reward": 1 + score, "format": 1.0, PART.get(task, "score"): score,
-            "part": PART.get(task, "score"),
+            **({} if old else {"part": PART.get(task, "score")}),
             "tokens": 40 * rng.random(), "truncated": 0.0, "flat": 0.25, "kl": 0.01 * rng.random(), "loss": 0.0,
             "grad_norm": rng.random(), "lr": 1e-5, "seconds": 1.5, "tokens_per_second": 900.0}) + "\n")
     path.parent.mkdir(exist_ok=True)
@@ -52,6 +53,45 @@ def test_command_line_draws_runs_of_unlike_lengths_and_tasks(tmp_path):
     runs = [log(tmp_path / "a" / "metrics.jsonl", 30).parent, log(tmp_path / "b.jsonl", 5, tasks=("TVG",)),
             log(tmp_path / "c.jsonl", 4, tasks=("a new task",))]
     plot.main([*map(str, runs), "--output", str(tmp_path / "curves.png")])
+    check(tmp_path / "curves.png", 1600, 700)
+
+
+def shown(path, colour):
+    """How many pixels of a picture have a colour."""
+    picture = matplotlib.image.imread(path)[..., :3]    # (H, W, 3)
+    return int((abs(picture - np.array(matplotlib.colors.to_rgb(colour))) < 0.01).all(-1).sum())
+
+
+def test_a_task_s_own_reward_is_known_by_the_name_of_its_part(tmp_path):
+    """The panel is drawn for a part of any name, in an old log for the parts of its time."""
+    new = log(tmp_path / "new.jsonl", 8)
+    assert all(step["own"] == step[PART[step["task"]]] for step in plot.read_metrics(new))
+    assert [step["own"] for step in plot.read_metrics(log(tmp_path / "old.jsonl", 8, old=True))] == \
+        [step["own"] for step in plot.read_metrics(new)]
+    assert all(step["own"] == step["score"] for step in plot.read_metrics(log(tmp_path / "x.jsonl", 3, tasks=("X",))))
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"step": 1, "task": "X", "iou": 0.5, "part": part}) + "\n"
+                            for part in ("gone", None, [], {"a": 1}, 3)))
+    assert not any("own" in step for step in plot.read_metrics(path))
+
+
+def test_new_tasks_have_colours_of_their_own(tmp_path):
+    path = log(tmp_path / "metrics.jsonl", 120, tasks=("TVG", "OBJ", "PLACE"))
+    plot.curves(path, tmp_path / "curves.png")
+    pixels = {colour: shown(tmp_path / "curves.png", colour) for colour in (*plot.COLOURS.values(), *plot.NEW_TASKS)}
+    lines = {plot.COLOURS["TVG"], *plot.NEW_TASKS[:2]}
+    others = {plot.COLOURS["VC"], plot.COLOURS["AR"], plot.COLOURS["VD"], plot.NEW_TASKS[3]}
+    assert min(pixels[colour] for colour in lines) > 1000 and max(pixels[colour] for colour in others) == 0
+    many = log(tmp_path / "many.jsonl", 30, tasks=("TVG", *(f"task {i}" for i in range(7))))    # more than colours
+    plot.curves(many, tmp_path / "many.png")
+    check(tmp_path / "many.png", 1600, 700)
+
+
+def test_the_command(tmp_path):
+    run = log(tmp_path / "run" / "metrics.jsonl", 3).parent
+    command = [sys.executable, "-m", "support.plot", str(run), "--output", str(tmp_path / "curves.png")]
+    done = subprocess.run(command, cwd=Path(plot.__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
     check(tmp_path / "curves.png", 1600, 700)
 
 
