@@ -335,6 +335,19 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(argv, hint, capsys):
     assert printed.out == "" and printed.err.count("\n") == 1 and hint in printed.err
 
 
+@pytest.mark.parametrize("reward, batches", [(tvg, 0), (vc, 2), (ar, 1), (vd, 2)])
+def test_spacy_tags_all_completions_of_a_batch_at_once(reward, batches, monkeypatch):
+    """And all queries; AR reads lone words, which need no tagger."""
+    pipe, tagged = rewards.spacy_model().pipe, []
+    monkeypatch.setattr(rewards, "_found", {})
+    monkeypatch.setattr(rewards.spacy_model(), "pipe", lambda texts, **options:
+                        tagged.append(list(texts)) or pipe(tagged[-1], **options))
+    texts = [f"a person {verb} in the room" for verb in ("sits", "eats", "walks", "laughs", "sits")]
+    reward([said(text) for text in texts], [sample(query) for query in ("he sits", "he runs", "he sits", "she", "it")])
+    assert len(tagged) == batches and {*texts} <= {text for some in tagged for text in some} or reward in (tvg, ar)
+    assert sum(map(len, tagged)) == 4 * batches         # each text once
+
+
 def test_a_batch_pays_what_its_completions_do():
     queries = ["a person walks away and laughs", "Person closed the door", "the kitchen", "a person opens the door"] * 3
     texts = [said(text) for text in ("he walks and laughs", "closes", "walk", "2 to 8", "", "opening it")] * 2
