@@ -169,8 +169,9 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
     Qwen's special tokens.
 
     On the time axis a second of video is as long as the three tokens that a thought has for it (number, verb, mark),
-    and all videos are equally long. So what a thought is about always lies at the same distance before it, which every
-    seed learns within 200 steps of the warm start. Where the distance varies, 800 steps are too few for some seeds."""
+    and all videos are equally long. So what a thought is about always lies at the same distance before it. Measured at
+    step 200 of warm starts: of the changes of verb 87 to 100 % were told right so, 33 to 41 % in videos of 10 to 16 s.
+    """
     samples, _ = data.read(str(world / "train.txt"), str(world / "videos"))
     texts = [json.loads(line)["completion"] for line in open(world / "demonstrations.jsonl")]
     texts += ["user\n", "assistant\n"] + [task.prompt(s) for s in samples for task in tasks.TASKS.values()]
