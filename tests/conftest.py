@@ -78,7 +78,7 @@ def finish(started: list, seconds: float = 60) -> list[int]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A world of 12 training and 6 test videos and a model folder, as `python toy.py` writes them, but of 10 to 16 s."""
+    """A world of 12 training and 6 test videos and a model folder, as toy.py writes them, but of 10 to 16 s."""
     world, tell = tmp_path_factory.mktemp("world"), toy.tell
     with mock.patch.object(toy, "tell", lambda rng, name: tell(rng, name, int(rng.integers(10, 17)))):
         toy.write_world(world, seed=3, train_videos=12, test_videos=6)
