@@ -18,6 +18,7 @@ main), and those that grpo.py, tasks.py, rewards.py and support/video.py list.
 """
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
@@ -240,7 +241,7 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
     return numbers
 
 
-def open_logs(output: Path, rank: int, group_size: int, step: int):
+def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[dict, list[dict], float], None]:
     """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
     samples.jsonl, and once the name of every video that had to be replaced; only the first process writes. What an
     earlier run wrote from `step` on is taken out first."""

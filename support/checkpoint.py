@@ -17,12 +17,14 @@ import warnings
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from support import launch
@@ -34,7 +36,7 @@ TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
 
 
-def tensors(policy, optimizer) -> dict[str, Tensor]:
+def tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that training changes, by name: the parameters, and AdamW's state of those that it has stepped on."""
     named = dict(policy.named_parameters())
     return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
@@ -50,7 +52,7 @@ def newest(output: str | Path) -> Path | None:
     return (finished(output) or [None])[-1]
 
 
-def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
+def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Write a checkpoint, then delete all but the newest `keep`; every process calls it. Raises OSError."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     unfinished = folder.with_name(folder.name + ".tmp")
@@ -99,7 +101,7 @@ def discard(*folders: Path) -> None:
             shutil.rmtree(rest)
 
 
-def restore(folder: Path, policy, optimizer) -> None:
+def restore(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError when it is not
     what was written, or not of this model."""
     crc32, found = json.loads((folder / "state.json").read_text())["crc32"], checksums(folder)
@@ -157,7 +159,7 @@ class Run:
     Uses the fields model, annotations, output, steps, save_every, keep, resume and max_bad_steps of `config`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         """Look at the output folder before anything is loaded. Raises ValueError when it is in use, or when the
         checkpoint in it was made with other flags."""
         self.config, self.output, self.notes = config, Path(config.output), []
@@ -197,7 +199,7 @@ class Run:
         self.notes += [f"--{name} was {before[name]}, is {now[name]} from step {self.step} on"
                        for name in compare_configs(now, before, {"resume"})]
 
-    def restore(self, policy, optimizer) -> None:
+    def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.start:
             restore(self.start, policy, optimizer)
 
@@ -211,7 +213,7 @@ class Run:
             self.bad_in_a_row = []
         return {**numbers, "bad_steps": self.bad_steps}
 
-    def finish(self, step: int, policy, optimizer, stop) -> bool:
+    def finish(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, stop: Event) -> bool:
         """After each step, by every process: write a checkpoint when one is due. True when the run is to stop, because
         a signal has set the event `stop` in any process. Raises ValueError after too many bad steps in a row."""
         self.step = step + 1

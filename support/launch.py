@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ LOCK = "in_use"     # the file in --output that a run holds
 logging.disable_progress_bar()      # transformers' own, for every file it reads
 
 
-def flag(default, help: str):
+def flag(default: Any, help: str) -> Any:
     """A field of a Config: its default value, MISSING where the user has to give one, and its reason."""
     return dataclasses.field(default=default, metadata={"help": help}) if not isinstance(default, list) else \
         dataclasses.field(default_factory=default.copy, metadata={"help": help})
@@ -69,7 +70,7 @@ def command_line(Config: type, main: Callable, doc: str) -> None:
 class Survivor:
     """Standard output or error, which goes on silently when nobody reads it any more."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
@@ -89,7 +90,7 @@ class Survivor:
         """From now on, and for what is still buffered, the file descriptor leads nowhere."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
@@ -119,7 +120,7 @@ def one_run(main: Callable) -> Callable:
     """Of a script's main(config): refuses a --output in which another process is at work. The lock is the kernel's, so
     that a kill frees it; the first of several processes holds it for all, also on a disk that nodes share."""
     @wraps(main)
-    def locked(config):
+    def locked(config: Any) -> Any:
         if not config.output:
             return main(config)
         check_output(config.output)
@@ -169,7 +170,7 @@ def occupied(folder: str | Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
 
 
-def check_numbers(config, *positive: str) -> None:
+def check_numbers(config: Any, *positive: str) -> None:
     """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those named here
     above 0, and a probability, ..._prob, at most 1."""
     for name, value in vars(config).items():
@@ -191,7 +192,7 @@ def check_output(path: str | Path, flag: str = "--output") -> None:
 
 
 @contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[threading.Event]:
     """An Event that STOPPING signals set, so that a run can end after its step: SIGTERM, Ctrl-C, a closed terminal (but
     not under nohup), a scheduler's warning. Another one ends the process at once, unless it comes within two seconds:
     torchrun and a scheduler may both pass on the same one. Only in a main thread, where Python allows it; afterwards
@@ -277,5 +278,5 @@ def write_whole(path: str | Path, text: str) -> None:
         raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
 
-def write_config(config, folder: str | Path) -> None:
+def write_config(config: Any, folder: str | Path) -> None:
     write_whole(Path(folder) / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
