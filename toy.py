@@ -277,7 +277,10 @@ def main(config: Config) -> dict[str, dict]:
     def test(name: str, folder: Path, **flags) -> dict[str, float]:
         found = evaluate.main(evaluate.Config(model=str(folder), output=str(world / name), batch_size=256,
                                               max_tokens=MAX_TOKENS, **flags, **common))
-        return {**found, **narrated(list(read_answers(world / name).values()), stories)}
+        answers = read_answers(world / name)
+        told = [{"id": i, "video": row["video"], **narrated([row], stories)} for i, row in answers.items()]
+        launch.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
+        return {**found, **narrated(list(answers.values()), stories)}
 
     fixed = evaluate.main(evaluate.Config(annotations=common["annotations"], fixed_answer=str(world / "train.txt")))
     rows = {"best fixed answer": fixed, "warm start, blind": test("test_blind", start, blind=True),
