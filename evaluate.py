@@ -73,6 +73,7 @@ class Config:
     fixed_answer: str = flag("", "annotation file: score the one answer for all queries that is the best for these")
 
 
+@launch.one_run
 def main(config: Config) -> dict[str, float | list[float]]:
     """Evaluate and return the scores, which are also in scores.json."""
     check_flags(config)
@@ -160,17 +161,11 @@ def check_flags(config: Config) -> None:
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
-    if config.output:
-        launch.check_output(config.output)
     if config.model:
         model.check_folder(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") \
-                from error
+        old = checkpoint.read_config(path)
         if other := checkpoint.compare_configs(vars(config), old, {"output", "workers", "cache", "cache_gb"}):
             said = ", ".join(f"--{name} {old.get(name, '?')}" for name in other)
             raise ValueError(f"--output {config.output} holds a run with {said}; give another folder or delete it")
@@ -189,7 +184,7 @@ def earlier_rows(config: Config) -> list[dict]:
     if not all((output / name).exists() for name in ("config.json", "inputs.json")):
         return []
     if json.loads((output / "inputs.json").read_text()) != input_files(config):
-        tqdm.write(f"{output}: the model or the annotations have changed, so its answers are thrown away")
+        launch.say(f"{output}: the model or the annotations have changed, so its answers are thrown away")
         return []
     for path in sorted(output.glob("predictions*.jsonl")):
         for line in path.read_text(errors="replace").split("\n"):

@@ -85,13 +85,13 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[Demonstra
     return [each for each in found if each.sample.id in usable[each.task.name]]
 
 
+@launch.one_run
 def main(config: Config) -> None:
     rank, world, _ = launch.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
                          "workers", "keep", "max_bad_steps")
-    launch.check_output(config.output)
     model.check_folder(config.model)
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
@@ -109,10 +109,10 @@ def main(config: Config) -> None:
         if steps:
             launch.write_config(config, run.output)
         checkpoint.rewind(run.output / "metrics.jsonl", run.step)
-        tqdm.write(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
+        launch.say(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
                    f"{len(data.missing(samples))} videos missing")
         for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            tqdm.write(note)
+            launch.say(note)
 
     def tokenize(each: Demonstration) -> tuple[model.Prompt, torch.Tensor]:
         target = encoder.tokenizer(each.completion + model.STOP_TOKENS[0])["input_ids"]
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
             if rank == 0:
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
                 for error in bad:
-                    tqdm.write(f"replaced by another sample: {error}")
+                    launch.say(f"replaced by another sample: {error}")
                 launch.append(run.output / "metrics.jsonl", [{
                     "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - began}])

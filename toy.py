@@ -30,7 +30,7 @@ import model
 import sft
 import tasks
 import train
-from support import launch, plot, scores, video
+from support import checkpoint, launch, plot, scores, video
 from support.launch import flag
 
 SIZE, FPS = 28, 4                       # pixels, frames a second
@@ -103,7 +103,11 @@ def tell(rng: np.random.Generator, name: str, seconds: int = SECONDS) -> Story:
 
 
 def film(story: Story, path: Path) -> None:
-    with av.open(str(path), "w") as file:
+    """Write the mp4 of a story, unless it is there."""
+    if path.exists():
+        return
+    unfinished = path.with_suffix(".tmp")
+    with av.open(str(unfinished), "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=FPS, options={"crf": "10", "preset": "ultrafast"})
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
@@ -112,6 +116,7 @@ def film(story: Story, path: Path) -> None:
             image = draw_frame(story.colour, story.shape, story.verbs[i // FPS], i / FPS)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         file.mux(stream.encode())
+    unfinished.replace(path)
 
 
 def demonstrate(story: Story, start: int, end: int, verb: str, task: str, weakness: str,
@@ -142,8 +147,8 @@ def demonstrate(story: Story, start: int, end: int, verb: str, task: str, weakne
 
 def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 weakness: str = "both") -> dict[str, Story]:
-    """Videos, train.txt and test.txt (Charades-STA), and the teacher's demonstrations.jsonl for sft.py. Returns the
-    stories by name."""
+    """Videos, train.txt and test.txt (Charades-STA), and the teacher's demonstrations.jsonl for sft.py, as far as they
+    are not there. Returns the stories by name."""
     rng, stories = np.random.default_rng(seed), {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_videos), ("test", test_videos)):
@@ -157,10 +162,12 @@ def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 demonstrations += [{"id": f"{name}:{len(lines)}", "task": task,
                                     "completion": demonstrate(story, start, end, verb, task, weakness, rng)}
                                    for task in ("TVG", "TVG", "VC", "AR", "VD")]
-        launch.write_whole(folder / f"{split}.txt", "".join(lines))
+        texts = {f"{split}.txt": "".join(lines)}
         if split == "train":
-            text = "".join(json.dumps(row) + "\n" for row in demonstrations)
-            launch.write_whole(folder / "demonstrations.jsonl", text)
+            texts["demonstrations.jsonl"] = "".join(json.dumps(row) + "\n" for row in demonstrations)
+        for name, text in texts.items():
+            if not (folder / name).exists():
+                launch.write_whole(folder / name, text)
     return stories
 
 
@@ -169,8 +176,9 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
     Qwen's special tokens.
 
     On the time axis a second of video is as long as the three tokens that a thought has for it (number, verb, mark),
-    and all videos are equally long. So what a thought is about always lies at the same distance before it, which every
-    seed learns within 200 steps of the warm start. Where the distance varies, 800 steps are too few for some seeds."""
+    and all videos are equally long. So what a thought is about always lies at the same distance before it. Measured at
+    step 200 of warm starts: of the changes of verb 87 to 100 % were told right so, 33 to 41 % in videos of 10 to 16 s.
+    """
     samples, _ = data.read(str(world / "train.txt"), str(world / "videos"))
     texts = [json.loads(line)["completion"] for line in open(world / "demonstrations.jsonl")]
     texts += ["user\n", "assistant\n"] + [task.prompt(s) for s in samples for task in tasks.TASKS.values()]
@@ -223,20 +231,25 @@ class Config:
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
     warm_steps: int = flag(400, "SFT steps of a new warm start")
+    resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
 
+@launch.one_run
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
     launch.check_numbers(config, "steps", "learning_rate", "prompts_per_step", "warm_steps")
-    launch.check_output(config.output)
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
     if config.warm_start:
         model.check_folder(config.warm_start)
     world, small = Path(config.output), config.steps < 20
-    if world.exists() and any(world.iterdir()):
-        raise ValueError(f"--output {world} is not empty; delete it or give another folder")
-    world.mkdir(parents=True, exist_ok=True)
+    if launch.occupied(world):
+        if not config.resume:
+            raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another "
+                             "folder")
+        before = checkpoint.read_config(world / "config.json")
+        for name in checkpoint.compare_configs(vars(config), before, {"output", "resume"}):
+            raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
     launch.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)
     stories = write_world(world, config.seed, 60 if small else 1000, 20 if small else 300, config.weakness)
@@ -244,14 +257,19 @@ def main(config: Config) -> dict[str, dict]:
     start = world / "model"
     if config.warm_start:
         print(f"2. taking the warm start from {config.warm_start}", flush=True)
-        shutil.copytree(config.warm_start, start, dirs_exist_ok=True)
+        source = Path(config.warm_start)
     else:
         print("2. making a warm start: Invert-SFT and TVG, from a teacher's demonstrations", flush=True)
-        write_model(world / "random", world, config.seed)
-        sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
-                            steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
-                            demonstrations=str(world / "demonstrations.jsonl"), **common))
-        shutil.copytree(world / "sft" / "model", start, dirs_exist_ok=True)
+        source = world / "sft" / "model"
+        if not (world / "random").exists():
+            write_model(world / "random", world, config.seed)
+        if not source.exists():
+            sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
+                                steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
+                                demonstrations=str(world / "demonstrations.jsonl"), resume=config.resume, **common))
+    if not start.exists():
+        shutil.copytree(source, world / "model.tmp", dirs_exist_ok=True)
+        (world / "model.tmp").rename(start)
 
     print("3. evaluating the warm start on held-out videos, then blind", flush=True)
     common["annotations"] = str(world / "test.txt")
@@ -259,7 +277,10 @@ def main(config: Config) -> dict[str, dict]:
     def test(name: str, folder: Path, **flags) -> dict[str, float]:
         found = evaluate.main(evaluate.Config(model=str(folder), output=str(world / name), batch_size=256,
                                               max_tokens=MAX_TOKENS, **flags, **common))
-        return {**found, **narrated(list(read_answers(world / name).values()), stories)}
+        answers = read_answers(world / name)
+        told = [{"id": i, "video": row["video"], **narrated([row], stories)} for i, row in answers.items()]
+        launch.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
+        return {**found, **narrated(list(answers.values()), stories)}
 
     fixed = evaluate.main(evaluate.Config(annotations=common["annotations"], fixed_answer=str(world / "train.txt")))
     rows = {"best fixed answer": fixed, "warm start, blind": test("test_blind", start, blind=True),
@@ -267,9 +288,11 @@ def main(config: Config) -> dict[str, dict]:
 
     print(f"4. GRPO, p = {config.tvg_prob}", flush=True)
     common["annotations"] = str(world / "train.txt")
-    train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
-                            tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
-                            learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, **common))
+    if not (world / "grpo" / "model").exists():
+        train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
+                                tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
+                                learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, resume=config.resume,
+                                **common))
     common["annotations"] = str(world / "test.txt")
     rows[f"GRPO, p = {config.tvg_prob}"] = test("test_grpo", world / "grpo" / "model")
 

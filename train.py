@@ -18,6 +18,7 @@ main), and those that grpo.py, tasks.py, rewards.py and support/video.py list.
 """
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
@@ -88,10 +89,10 @@ def check_flags(config: Config, world: int) -> None:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
-    launch.check_output(config.output)
     model.check_folder(config.model)
 
 
+@launch.one_run
 def main(config: Config) -> None:
     rank, world, device = launch.start_process()
     check_flags(config, world)
@@ -112,10 +113,10 @@ def main(config: Config) -> None:
         if steps:
             launch.write_config(config, run.output)
         silent = len(samples) - min(map(len, pools.values()))
-        tqdm.write(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
+        launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
                    f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
         for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            tqdm.write(note)
+            launch.say(note)
 
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
@@ -240,7 +241,7 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
     return numbers
 
 
-def open_logs(output: Path, rank: int, group_size: int, step: int):
+def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[dict, list[dict], float], None]:
     """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
     samples.jsonl, and once the name of every video that had to be replaced; only the first process writes. What an
     earlier run wrote from `step` on is taken out first."""
@@ -258,12 +259,12 @@ def open_logs(output: Path, rank: int, group_size: int, step: int):
         launch.append(output / "metrics.jsonl", [numbers])
         launch.append(output / "samples.jsonl", [{"step": numbers["step"], "task": numbers["task"], **row}
                                                  for row in rows[::group_size]])
-        tqdm.write("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        launch.say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in numbers.items()))
         if skipped:
-            tqdm.write(f"step {numbers['step']} changes nothing: {', '.join(skipped)} not finite")
+            launch.say(f"step {numbers['step']} changes nothing: {', '.join(skipped)} not finite")
         for error in sorted(set(bad) - named):
-            tqdm.write(f"replaced by another sample: {error}")
+            launch.say(f"replaced by another sample: {error}")
         named.update(bad)
     return log
 

@@ -27,7 +27,8 @@ from transformers.masking_utils import sdpa_mask
 class Packed:
     """Attention of B prompts and the completions of each, packed as above. With `keep`, keys and values stay."""
 
-    def __init__(self, prompts: list[int], completions: list[list[int]] = (), keep: bool = False, device="cpu"):
+    def __init__(self, prompts: list[int], completions: list[list[int]] = (), keep: bool = False,
+                 device: torch.device | str = "cpu"):
         """Lengths of the prompts, B of them, and of the completions of each, B times G."""
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.prompts, self.lengths = prompts, [*prompts, *map(sum, completions)]
@@ -105,7 +106,8 @@ class Decoding:
             self.beyond = self.beyond[groups]
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float,
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+              attention_mask: Packed | Decoding | Tensor | None, scaling: float,
               **kwargs) -> tuple[Tensor, None]:
     """What a decoder layer calls: by the object in place of the mask."""
     if isinstance(attention_mask, (Packed, Decoding)):

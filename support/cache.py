@@ -39,13 +39,15 @@ class Cache:
             with open(path, "rb") as file:
                 line = file.readline()
                 info = json.loads(line)
+                if not all(type(size) is int and size > 0 for size in info["shape"]):
+                    return None
                 if len(line) + math.prod(info["shape"]) + 4 != os.fstat(file.fileno()).st_size:
                     return None
                 array = np.empty(info["shape"], np.uint8)
                 file.readinto(array)
                 if zlib.crc32(array, zlib.crc32(line)).to_bytes(4, "big") != file.read():
                     return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         try:
             os.utime(path)

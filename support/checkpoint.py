@@ -1,7 +1,8 @@
 """Checkpoints of a training run, from which `--resume` continues it wherever it was killed.
 
     OUTPUT/checkpoints/step_000100/     after 100 steps: the policy's weights and AdamW's averages in safetensors
-                                        files, some for each process, and state.json: next step, counters, config
+                                        files, some for each process, and state.json: next step, counters, config,
+                                        and a CRC-32 of each of these files
     OUTPUT/checkpoints/step_000100.tmp  is being written, or was when the run was killed; the next one deletes it
 
 A folder gets its name when all processes have written it, so what has a name is whole. torch.distributed.checkpoint
@@ -13,14 +14,17 @@ import os
 import re
 import shutil
 import warnings
+import zlib
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from support import launch
@@ -32,7 +36,7 @@ TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
 
 
-def tensors(policy, optimizer) -> dict[str, Tensor]:
+def tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that training changes, by name: the parameters, and AdamW's state of those that it has stepped on."""
     named = dict(policy.named_parameters())
     return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
@@ -48,7 +52,7 @@ def newest(output: str | Path) -> Path | None:
     return (finished(output) or [None])[-1]
 
 
-def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
+def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
     """Write a checkpoint, then delete all but the newest `keep`; every process calls it. Raises OSError."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     unfinished = folder.with_name(folder.name + ".tmp")
@@ -66,11 +70,26 @@ def write(folder: Path, state: dict, policy, optimizer, keep: int) -> None:
         cause = next(iter(error.failures.values()))[0]
         raise OSError(f"{folder}: could not be written ({cause}); mend that, then go on with --resume from "
                       f"{newest(folder.parent.parent) or 'the beginning'}") from error
+    state = {**state, "crc32": checksums(unfinished)}
     if first:
         launch.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
         os.replace(unfinished, folder)
         discard(*finished(folder.parent.parent)[:-keep])
     launch.gather([])       # nobody goes on, or ends, before it has its name
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of each safetensors file of a checkpoint, of which every process reads its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    launch.gather([])       # all are written
+    mine = []
+    for path in sorted(folder.glob("*.safetensors"))[rank::world]:
+        value = 0
+        with open(path, "rb") as file:
+            while part := file.read(2 ** 24):
+                value = zlib.crc32(part, value)
+        mine.append((path.name, value))
+    return dict(sorted(launch.gather(mine)))
 
 
 def discard(*folders: Path) -> None:
@@ -82,8 +101,13 @@ def discard(*folders: Path) -> None:
             shutil.rmtree(rest)
 
 
-def restore(folder: Path, policy, optimizer) -> None:
-    """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError."""
+def restore(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError when it is not
+    what was written, or not of this model."""
+    crc32, found = json.loads((folder / "state.json").read_text())["crc32"], checksums(folder)
+    if changed := [name for name in sorted({**crc32, **found}) if crc32.get(name) != found.get(name)]:
+        raise ValueError(f"{folder}: {', '.join(changed)} is not as it was written; delete the folder to go on from "
+                         "the one before")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -105,21 +129,44 @@ def compare_configs(now: dict, before: dict, may_change: set[str]) -> list[str]:
             if name not in may_change and now.get(name, absent) != before.get(name, absent)]
 
 
+def read_state(path: Path) -> dict:
+    """The state.json of a checkpoint. Raises ValueError, which names it, when it is not what `write` wrote."""
+    kinds = {"step": int, "bad_steps": int, "bad_in_a_row": list, "files": dict, "config": dict, "crc32": dict}
+    try:
+        state = json.loads(path.read_text())
+        wrong = [name for name, kind in kinds.items() if type(state[name]) is not kind]
+        wrong += [name for name in ("step", "bad_steps") if name not in wrong and state[name] < 0]
+        wrong += ["bad_in_a_row"] * any(type(item) is not str for item in state["bad_in_a_row"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        wrong = [repr(error)]
+    if wrong:
+        raise ValueError(f"{path.parent}: its state.json cannot be used ({', '.join(wrong)}); delete the folder to go "
+                         "on from the one before")
+    return state
+
+
+def read_config(path: Path) -> dict:
+    """The flags in a config.json that a script wrote. Raises ValueError, which names it, for anything else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") from error
+
+
 class Run:
     """A training run in its output folder: where it starts, which steps were bad, when a checkpoint is due.
 
     Uses the fields model, annotations, output, steps, save_every, keep, resume and max_bad_steps of `config`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         """Look at the output folder before anything is loaded. Raises ValueError when it is in use, or when the
         checkpoint in it was made with other flags."""
         self.config, self.output, self.notes = config, Path(config.output), []
         for name, least in (("save_every", 0), ("keep", 1), ("max_bad_steps", 1)):
             if getattr(config, name) < least:
                 raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
-        in_use = self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
-        in_use, self.start = launch.gather([(in_use, newest(self.output))])[0]  # nobody writes before all have looked
+        in_use, self.start = launch.gather([(launch.occupied(self.output), newest(self.output))])[0]
         if in_use and not config.resume:
             raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
                              "another folder")
@@ -127,23 +174,18 @@ class Run:
         files = [Path(config.annotations), *sorted(Path(config.model).glob("*.safetensors"))]
         self.files = {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files if f.exists()}
         if self.start:
-            try:
-                saved = json.loads((self.start / "state.json").read_text())
-                self.step, self.bad_steps = saved["step"], saved["bad_steps"]
-                self.bad_in_a_row = saved["bad_in_a_row"]
-                self.compare(self.start, saved["config"])
-                self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
-                               for name in self.files if saved["files"].get(name) != self.files[name]]
-                if self.step >= config.steps:
-                    self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
-            except (OSError, KeyError, json.JSONDecodeError) as error:
-                raise ValueError(f"{self.start}: its state.json cannot be read ({error!r}); delete the folder to go on "
-                                 "from the one before") from error
+            saved = read_state(self.start / "state.json")
+            self.step, self.bad_steps, self.bad_in_a_row = (saved[k] for k in ("step", "bad_steps", "bad_in_a_row"))
+            self.compare(self.start, saved["config"])
+            self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
+                           for name in self.files if saved["files"].get(name) != self.files[name]]
+            if self.step >= config.steps:
+                self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
         elif (self.output / "model").exists():
             raise ValueError(f"--output {self.output} holds a finished run without a checkpoint to go on from; give "
                              "another folder, or delete it to begin anew")
         elif (self.output / "config.json").is_file():       # killed before its first checkpoint
-            self.compare(self.output, json.loads((self.output / "config.json").read_text()))
+            self.compare(self.output, read_config(self.output / "config.json"))
 
     def compare(self, place: Path, before: dict) -> None:
         """Raise ValueError unless the run in `place`, with the config `before`, is this one."""
@@ -157,7 +199,7 @@ class Run:
         self.notes += [f"--{name} was {before[name]}, is {now[name]} from step {self.step} on"
                        for name in compare_configs(now, before, {"resume"})]
 
-    def restore(self, policy, optimizer) -> None:
+    def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.start:
             restore(self.start, policy, optimizer)
 
@@ -171,7 +213,7 @@ class Run:
             self.bad_in_a_row = []
         return {**numbers, "bad_steps": self.bad_steps}
 
-    def finish(self, step: int, policy, optimizer, stop) -> bool:
+    def finish(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, stop: Event) -> bool:
         """After each step, by every process: write a checkpoint when one is due. True when the run is to stop, because
         a signal has set the event `stop` in any process. Raises ValueError after too many bad steps in a row."""
         self.step = step + 1
@@ -194,13 +236,17 @@ class Run:
 
 def rewind(path: str | Path, step: int) -> None:
     """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written
-    again."""
-    lines = []
+    again. Says so when lines of steps before it are missing."""
+    lines, last = [], -1
     for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
         try:
-            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            written = json.loads(line)["step"]
+            if not line.endswith("\n") or not 0 <= written < step:
                 break
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         lines.append(line)
+        last = written
+    if last < step - 1:
+        launch.say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is behind")
     launch.write_whole(path, "".join(lines))

@@ -48,14 +48,11 @@ def ious(spans: np.ndarray, truths: np.ndarray) -> np.ndarray:
         return np.where((spans[..., 1] > spans[..., 0]) & (shared > 0), shared / union, 0.0)
 
 
-def grounding(rows: list[dict]) -> dict[str, float | list[float]]:
-    """Whether answers follow the query, over the pairs of queries of one video whose true segments are disjoint:
-
-    right_event: share of these queries whose answer has more IoU with its own truth than with that of any other of
-    them. same_answer: share of the pairs that get the same answer. An answer that ignores the query is right for one
-    event of a video at most, and always the same. Empty when there is no such pair.
-    """
-    videos, right, same = {}, {}, []
+def follows_query(rows: list[dict]) -> tuple[dict[str, tuple[str, float]], dict[str, tuple[str, float]]]:
+    """Over the pairs of queries of one video whose true segments are disjoint: {query: (video, whether its answer has
+    more IoU with its own truth than with that of any other of them)}, and {pair: (video, whether both got the same
+    answer)}."""
+    videos, right, same = {}, {}, {}
     for row in rows:
         videos.setdefault(row["video"], []).append(row)
     for pairs in (combinations(of_one, 2) for of_one in videos.values()):
@@ -64,20 +61,28 @@ def grounding(rows: list[dict]) -> dict[str, float | list[float]]:
             if a["query"] == b["query"] or not disjoint:
                 continue
             answers = np.array([[row["start"], row["end"]] for row in (a, b)], dtype=float)     # NaN: no answer
-            own, other = (ious(answers, np.array(truths)) for truths in ((a["truth"], b["truth"]),
-                                                                         (b["truth"], a["truth"])))
-            for row, beats in zip((a, b), own > other):
-                right[row["id"]] = row["video"], bool(beats) and right.get(row["id"], (None, True))[1]
-            same.append((a["video"], bool((answers[0] == answers[1]).all())))
-    found = {}
-    for name, of in (("right_event", list(right.values())), ("same_answer", same)):
-        if of:
-            values = np.array([[value] for _, value in of], dtype=float)                        # (n, 1)
-            found[name] = float(values.mean())
-            if len({video for video, _ in of}) > 1:
-                low, high = interval(values, [video for video, _ in of])
-                found[f"{name}_95"] = [float(low[0]), float(high[0])]
-    return {**found, "event_queries": len(right), "event_pairs": len(same)} if found else {}
+            truths = np.array([a["truth"], b["truth"]], dtype=float)
+            for row, beats in zip((a, b), ious(answers, truths) > ious(answers, truths[::-1])):
+                right[row["id"]] = row["video"], float(beats) * right.get(row["id"], (None, 1.0))[1]
+            same[f"{a['id']} {b['id']}"] = a["video"], float((answers[0] == answers[1]).all())
+    return right, same
+
+
+def grounding(rows: list[dict]) -> dict[str, float | list[float]]:
+    """Whether answers follow the query: the means of `follows_query`, right_event and same_answer. An answer that
+    ignores the query is right for one event of a video at most, and always the same. Empty when no video has several
+    queries of disjoint segments."""
+    right, same = follows_query(rows)
+    if not right:
+        return {}
+    found = {"event_queries": len(right), "event_pairs": len(same)}
+    for name, of in (("right_event", right), ("same_answer", same)):
+        videos, values = zip(*of.values())
+        found[name] = float(np.mean(values))
+        if len(set(videos)) > 1:
+            low, high = interval(np.array(values)[:, None], videos)
+            found[f"{name}_95"] = [float(low[0]), float(high[0])]
+    return found
 
 
 def best_fixed_span(truths: np.ndarray, points: int = 60) -> tuple[float, float]:

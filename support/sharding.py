@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def checkpoint_activations(policy: nn.Module) -> nn.Module:
     return policy
 
 
-def recomputed(forward: Callable, *args, **kwargs):
+def recomputed(forward: Callable, *args, **kwargs) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # there is no dropout

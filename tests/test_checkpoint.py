@@ -91,12 +91,26 @@ def lose(folder):
     next(folder.glob("*.safetensors")).unlink()
 
 
-@pytest.mark.parametrize("change, hidden", [(damage, 5), (lose, 5), (lambda folder: None, 6)])
-def test_damaged_or_of_another_model(folder, change, hidden):
+def flip(folder):
+    """One bit of a weight: the file is as readable as before."""
+    path = next(folder.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [damage, lose, flip])
+def test_what_is_not_as_it_was_written_is_refused(folder, change):
     checkpoint.write(folder, {}, *small(1), keep=1)
     change(folder)
+    with pytest.raises(ValueError, match="step_000003: .*safetensors is not as it was written; delete the folder"):
+        checkpoint.restore(folder, *small())
+
+
+def test_of_another_model(folder):
+    checkpoint.write(folder, {}, *small(1), keep=1)
     with pytest.raises(ValueError, match="step_000003: does not fit --model or is damaged .*; give the model"):
-        checkpoint.restore(folder, *small(hidden=hidden))
+        checkpoint.restore(folder, *small(hidden=6))
 
 
 def two_ranks(rank, folder):
@@ -204,14 +218,33 @@ def test_what_may_change_is_said(config, tmp_path):
     (tmp_path / "train.txt").write_text("")
     notes = checkpoint.Run(replace(config, resume=True, learning_rate=1e-7, steps=9)).notes
     assert [note.split()[0] for note in notes] == ["--steps", "--learning_rate", "train.txt"] and "1e-07" in notes[1]
-    (tmp_path / "run" / "checkpoints" / "step_000003" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match="step_000003: its state.json cannot be read .*; delete the folder"):
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", "null", "3", '"x"', "{}", {"step": -1}, {"step": "3"}, {"step": 3.0}, {"step": True},
+    {"bad_steps": None},
+    {"bad_in_a_row": "x"}, {"bad_in_a_row": [1]}, {"files": []}, {"config": [1]}, {"crc32": 3}])
+def test_a_state_of_another_shape_is_one_line_and_nothing_is_emptied(config, tmp_path, text):
+    save(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    path = tmp_path / "run" / "checkpoints" / "step_000003" / "state.json"
+    path.write_text(text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text}))
+    with pytest.raises(ValueError, match="step_000003: its state.json cannot be used .*; delete the folder"):
+        checkpoint.Run(replace(config, resume=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", "3", '"x"'])
+def test_a_config_of_another_shape_is_one_line(config, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: is not the config of a run .*; give another folder"):
         checkpoint.Run(replace(config, resume=True))
 
 
 def test_all_stop_when_one_is_asked_to(config, monkeypatch):
     run, others = checkpoint.Run(config), [False]
-    monkeypatch.setattr(checkpoint.launch, "gather", lambda mine: mine + others)
+    monkeypatch.setattr(checkpoint.launch, "gather", lambda mine: mine + others * (mine in ([True], [False])))
     assert not run.finish(0, *small(), Event()) and checkpoint.newest(config.output) is None
     others[0] = True                                                    # another process got the signal
     assert run.finish(1, *small(), Event()) and checkpoint.newest(config.output).name == "step_000002"
@@ -234,3 +267,11 @@ def test_logs_lose_what_will_be_written_again(tmp_path, step, kept):
     assert (tmp_path / "log").read_text() == "".join(rows[:min(kept, 1)])
     checkpoint.rewind(tmp_path / "none", step)
     assert (tmp_path / "none").read_text() == ""
+
+
+def test_missing_lines_of_a_log_are_named(tmp_path, capsys):
+    (tmp_path / "log").write_text('{"step": 0}\n{"step": 1}\n')
+    checkpoint.rewind(tmp_path / "log", 2)
+    assert capsys.readouterr().out == ""
+    checkpoint.rewind(tmp_path / "log", 5)
+    assert "log: has no lines of steps 2 to 4" in capsys.readouterr().out

@@ -1,9 +1,11 @@
 """Flags, one-line errors, signals, whole files."""
 import os
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +72,7 @@ def test_rows_are_json_even_if_numbers_are_not_finite(tmp_path):
         launch.append(tmp_path / "nowhere" / "log", [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", launch.STOPPING)
 def test_a_signal_asks_and_a_later_one_ends(monkeypatch, capfd, number):
     before, now, ended = signal.getsignal(number), [0.0], []
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
@@ -109,3 +111,70 @@ def test_a_stopped_run_ends_well_and_a_lost_process_with_one_line(monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, lost, "--name", "a")
     assert stop.value.code == 1 and "another process" in capsys.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launch.stop_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def script(tmp_path, body):
+    """A script whose main(config) is `body`, as a process."""
+    path = tmp_path / "x.py"
+    path.write_text("from dataclasses import dataclass\nimport os, sys, time\nfrom support import launch\n"
+                    "@dataclass\nclass Config:\n    output: str = 'run'\n"
+                    f"@launch.one_run\ndef main(config):\n    {body}\nlaunch.command_line(Config, main, 'x')\n")
+    return lambda **options: subprocess.Popen(
+        [sys.executable, str(path)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parent.parent)}, **options)
+
+
+def test_two_runs_with_one_output(tmp_path):
+    """The second names the first, writes nothing and ends with 2; a killed run leaves the folder free."""
+    start = script(tmp_path, "print('here', flush=True); time.sleep(60)")
+    with start() as first:
+        assert first.stdout.readline() == "here\n"
+        with start() as second:
+            assert second.wait(60) == 2 and second.stdout.read() == ""
+            said = second.stderr.read()
+        assert f"--output run is in use by process {first.pid} on" in said and said.count("\n") == 1
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [launch.LOCK]
+        first.kill()
+    assert not launch.occupied(tmp_path / "run")
+    with script(tmp_path, "pass")() as third:
+        assert third.wait(60) == 0 and not (tmp_path / "run").exists()      # nothing was written
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    with script(tmp_path, "print('here', flush=True); time.sleep(60)")() as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        said = process.stderr.read()
+    assert said.strip().startswith("x.py: stopped; the same command") and said.strip().count("\n") == 0
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path):
+    body = ("\n    for i in range(3000): print('x' * 50, flush=i % 7 == 0)\n    print('y', file=sys.stderr)\n"
+            "    open('run/done', 'w').write('1')")
+    with script(tmp_path, body)() as process:
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(60) == 0 and (tmp_path / "run" / "done").exists()
+
+
+def test_logs_show_no_control_characters(monkeypatch, capsys):
+    launch.say("id \x1b[2J\x07 ok é\u202e")
+    assert capsys.readouterr().out == "id \\x1b[2J\\x07 ok é\\u202e\n"
+
+    def fail(config):
+        raise ValueError("bad \x1b[31m name")
+
+    with pytest.raises(SystemExit):
+        run(monkeypatch, fail, "--name", "a")
+    assert "bad \\x1b[31m name" in capsys.readouterr().err

@@ -102,3 +102,23 @@ def test_smoke_run(tmp_path):
         assert matplotlib.image.imread(tmp_path / "toy" / picture).std() > 0.05
     assert len((tmp_path / "toy" / "grpo" / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "toy" / "model" / "model.safetensors").is_file()
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """Stopped between two stages: what is finished is not done again, and the table is that of an unbroken run."""
+    flags = dict(steps=2, prompts_per_step=2, warm_steps=10)
+    whole = toy.main(toy.Config(output=str(tmp_path / "whole"), **flags))
+
+    def stop(config):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.train, "main", stop)
+        with pytest.raises(KeyboardInterrupt):
+            toy.main(toy.Config(output=str(tmp_path / "run"), **flags))
+    with pytest.raises(ValueError, match="is not empty; give --resume"):
+        toy.main(toy.Config(output=str(tmp_path / "run"), **flags))
+    with pytest.raises(ValueError, match="--seed.*was made with 0"):
+        toy.main(toy.Config(output=str(tmp_path / "run"), seed=1, resume=True, **flags))
+    monkeypatch.setattr(toy.sft, "main", None)
+    assert toy.main(toy.Config(output=str(tmp_path / "run"), resume=True, **flags)) == whole

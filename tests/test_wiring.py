@@ -270,7 +270,8 @@ def test_prompts_of_a_run(run, tokenizer):
             assert pairs == round((last - first) * rate / 2)
             assert (shown - (begin + first + torch.arange(len(shown)) / rate)).abs().max() < 0.3
             time = prompt.positions[0, prompt.ids == pad].view(pairs, -1)
-            assert (time - time[0, 0] == (torch.arange(pairs) * 4 / rate + 1e-3).floor()[:, None]).all()
+            # a pair of frames takes 2 / rate s, and the toy model has 3 positions a second
+            assert (time - time[0, 0] == (torch.arange(pairs) * 2 * 3 / rate + 1e-3).floor()[:, None]).all()
             rates.add((task, rate))
     assert bool(silent) == (run.config.tvg_prob > 0) and (len(rates) > 3 or not run.config.tvg_prob)
 
@@ -320,10 +321,9 @@ def test_steps_are_those_of_the_equations(run, plain, tokenizer):
             (-mean(gain)).backward()
             kl, earned = kl + mean(k3).item(), earned + paid
         norm = assert_gradient(learning, move["gradient"], config.max_grad_norm)
-        assert numbers["reward"] == pytest.approx(np.mean(earned))
         assert numbers["kl"] == pytest.approx(kl, rel=2e-3, abs=1e-7) and (kl > 1e-4) == (step > 0)
         assert numbers["loss"] == pytest.approx(config.beta * kl, rel=2e-3, abs=1e-6) and numbers["mismatch"] < 1e-4
-        assert numbers["grad_norm"] == pytest.approx(norm, rel=2e-3)
+        assert [numbers["reward"], numbers["grad_norm"]] == pytest.approx([np.mean(earned), norm], rel=2e-3)
         assert (norm > config.max_grad_norm) == (not config.freeze_vision)      # one run cuts, the other does not
 
 
@@ -344,7 +344,7 @@ def epochs(world, warm):
     """Every sample once a step, at a learning rate that changes nothing: two steps with one seed, in passes of a
     prompt, and one step with another seed, in one pass. Of each step its metrics and {id: completions}."""
     found = []
-    for seed, steps, size in ((1, 2, 1), (2, 1, 0)):
+    for seed, steps, size in ((1, 2, 1), (17, 1, 0)):
         run = watch(train, world, warm, f"epochs{seed}", steps=steps, seed=seed, tvg_prob=1.0, prompts_per_step=8,
                     prompts_per_pass=size, group_size=2, beta=0.0, learning_rate=1e-12, max_tokens=8, temperature=2.0,
                     total_pixels=PIXELS)
@@ -366,6 +366,7 @@ def test_noise_is_every_prompt_s_own(epochs):
         assert groups["clock:0"] != groups["clock:1"] and all(one != other for one, other in groups.values())
     for (_, one), (_, other) in combinations(epochs, 2):
         assert all(one[id] != other[id] for id in one)
+    assert all(any(map(str.__eq__, epochs[0][1], groups)) for _, groups in epochs)    # at the same place of their steps
 
 
 def test_without_beta_there_is_no_kl(epochs):
