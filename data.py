@@ -92,7 +92,7 @@ def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[li
         find = finder(videos, allow_outside)
         samples = [replace(sample, video=find(sample.video)) for sample in samples]
         if not any(os.path.exists(sample.video) for sample in samples):     # the first one is, as a rule
-            raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video}; give "
+            raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video!r}; give "
                                   "--videos the folder of the videos")
     return samples, rejected
 

@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -109,8 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"tasks.py: {wrong}", file=sys.stderr)
         return 2
-    options = {"by_cosine": True} if args.cosine and task.part != "iou" else {}
-    reward, = task.reward([args.completion], [Sample("", "", args.query, start, end, None)], **options)
+    reward_of = task.reward
+    if args.cosine and args.task in ("VC", "AR", "VD"):
+        reward_of = partial(task.reward, by_cosine=True)
+    reward, = reward_of([args.completion], [Sample("", "", args.query, start, end, None)])
     print(json.dumps({**reward.parts, "total": reward.total}))
     return 0
 

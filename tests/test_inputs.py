@@ -196,7 +196,7 @@ def test_scripts_without_a_config(monkeypatch, capsys, wrong, script, words, exp
     before = sorted(wrong.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, script, words)
-    one_line(capsys, stop, f"{script.__name__}.py: ", expected)
+    one_line(capsys, stop, f"{script.__name__.split('.')[-1]}.py: ", expected)
     assert sorted(wrong.rglob("*")) == before
 
 
