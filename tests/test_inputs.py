@@ -61,7 +61,7 @@ RIGHT = {   # flags with which a script gets as far as to load a model
     "sft": {"model": "good", "annotations": "ok.txt", "videos": "videos", "output": "new"},
     "evaluate": {"model": "good", "annotations": "ok.txt", "videos": "videos", "output": "new"},
     "ground": {"video": "absent.mp4", "queries": "a person sits", "model": "good"},
-    "toy": {"output": "ok.txt"}}
+    "toy": {"output": "videos"}}
 NUMBERS = {     # of each script: those that must be above 0, and those that may be 0
     "train": ("steps max_tokens temperature learning_rate max_grad_norm total_pixels cache_gb video_limit workers "
               "keep max_bad_steps", "seed beta warmup_steps prompts_per_pass save_every tvg_prob"),
@@ -145,7 +145,8 @@ def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
     ("ground", {"queries": " "}, "query 1 of 1 is empty"), ("ground", {"queries": GONE}, "--queries"),
     ("ground", {"png": "ok.txt/a.png"}, "--png ok.txt"), ("ground", {"png": "videos"}, "--png videos: is a folder"),
     ("ground", {"modle": "x"}, "unknown.*--modle"),
-    ("toy", {}, "--output ok.txt"), ("toy", {"output": "new", "warm_start": "absent"}, "absent: not a model folder"),
+    ("toy", {"output": "ok.txt"}, "--output ok.txt"),
+    ("toy", {"output": "new", "warm_start": "absent"}, "absent: not a model folder"),
     ("toy", {"output": "new", "warm_start": "videos"}, "videos: not a model folder"),
     ("toy", {"stesp": "5"}, "unknown.*--stesp")])
 def test_what_only_one_script_reads(monkeypatch, capsys, wrong, script, flags, words):
