@@ -11,6 +11,7 @@ shown, so reference frames that are never shown (VP8, VP9) and those before the 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import av
 import numpy as np
@@ -65,8 +66,12 @@ def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
     """Go through a file's packets. Raises Unreadable or av.FFmpegError (of which OSError is none)."""
     with av.open(path, metadata_errors="ignore") as container:
         stream = video_of(container)
-        read = [(packet.pts, packet.dts, packet.duration or 0) for packet in packets(container, stream, tick)
-                if not (packet.is_discard or hidden(packet, stream.codec_context.name))]
+        read, cut = [], False
+        for packet in packets(container, stream, tick):
+            if not (packet.is_discard or hidden(packet, stream.codec_context.name)):
+                read.append((packet.pts, packet.dts, packet.duration or 0))
+                cut = packet.is_corrupt
+        del read[len(read) - cut:]      # half a frame, at which the file was cut
         if not read:
             raise Unreadable("it has no frames")
         sounds = [float(sound.start_time * sound.time_base) for sound in container.streams.audio
@@ -115,7 +120,7 @@ def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame
     faults, count = 0, 0
     with av.open(track.path, metadata_errors="ignore") as container:
         stream = video_of(container)
-        for packet in end(packets(container, stream, tick)):
+        for packet in chain(packets(container, stream, tick), [None]):     # None: what is held back
             try:
                 images = stream.codec_context.decode(packet)
             except av.FFmpegError:
@@ -130,42 +135,26 @@ def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame
                 count += 1
 
 
-def end(items: Iterable) -> Iterator:
-    """The items, then None, at which a decoder gives what it holds back."""
-    yield from items
-    yield None
-
-
 def frames(track: Track, moments: Iterable[float], tick: Callable[[], None] = nothing) -> Iterator[np.ndarray]:
     """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (H, W, 3), upright.
 
     One that is shown at several moments is the same object each time. Raises Unreadable or av.FFmpegError when more
     than FAULTS frames before a moment cannot be decoded.
     """
-    moments, shown, picture = iter(moments), None, None
-    moment = next(moments, None)
-
-    def missing(time):
-        lost = on_display(track.times, moment) - on_display(track.times, time)
-        if lost > FAULTS:
-            raise Unreadable(f"{lost} frames before {moment:.1f} s cannot be decoded")
-
-    for time, image in decoded(track, tick):
-        while moment is not None and shown is not None and time > moment + EPSILON:
-            missing(shown)
-            picture = upright(latest) if picture is None else picture
+    moments, k, last = list(moments), 0, None
+    for time, image in chain(decoded(track, tick), [(math.inf, None)]):
+        picture = None
+        while last and k < len(moments) and time > moments[k] + EPSILON:
+            lost = on_display(track.times, moments[k]) - on_display(track.times, last[0])
+            if lost > FAULTS:
+                raise Unreadable(f"{lost} frames before {moments[k]:.2f} s are lost")
+            picture = upright(last[1]) if picture is None else picture
             yield picture
-            moment = next(moments, None)
-        if moment is None:
+            k += 1
+        if k == len(moments):
             return
-        shown, latest, picture = time, image, None
-    if shown is None:
-        raise Unreadable("none of its frames can be decoded")
-    picture = upright(latest)
-    while moment is not None:
-        missing(shown)
-        yield picture
-        moment = next(moments, None)
+        last = time, image
+    raise Unreadable("none of its frames can be decoded")
 
 
 def upright(image: av.VideoFrame) -> np.ndarray:

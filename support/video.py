@@ -13,8 +13,8 @@ The rules are those of Qwen2.5-VL (even number of frames, sides that are multipl
 Time 0 is where the file begins, as in a player: a video track that starts later than the sound shows its first frame
 until then. Where a file has no sound, or does not tell when its tracks start (raw streams), the first frame is time 0.
 
-PyAV tells which frames there are and when (pyav.py). Their pixels come from decord where it lists the same frames at the
-same times, else from PyAV, which reads all that FFmpeg does.
+PyAV tells which frames there are and when (pyav.py). Their pixels come from decord where it lists the same frames and
+times, else from PyAV, which reads all that FFmpeg does.
 
     clip = load("video.mp4")                 # clip.frames (T, 3, H, W), clip.fps, clip.duration
     segment = clip.cut(start=3.5, end=9.0)   # what an inversion task sees
@@ -40,7 +40,8 @@ MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
 MAX_FRAMES = 768
 DECODER = f"decord {decord.__version__}, PyAV {av.__version__}, 2"   # of a cached clip: count up when `load` changes
 DECORD = {"mov,mp4,m4a,3gp,3g2,mj2": ("h264", "hevc", "av1", "mpeg4"), "matroska,webm": ("h264", "hevc", "av1")}
-DECORD_PIXELS = 1920 * 1920      # of a frame; decord holds several more of them than PyAV
+DECORD_PIXELS = 1920 * 1920      # of a frame; decord holds more of them at a time than PyAV
+DECORD_BYTES = 1 << 30           # of a file; decord reads it all when it opens it, and cannot say how far it is
 
 decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
 
@@ -112,8 +113,8 @@ def beyond(duration: float, start: float, end: float, slack: float) -> str:
     before the clip ends, and to end at most `slack` seconds after that."""
     if start < duration and end <= duration + slack:
         return ""
-    return (f"{duration:.2f} s of video, so nothing from {start:g} to {end:g} s: the file is cut short, or another than "
-            "the annotated one; get it again")
+    return (f"{duration:.2f} s of video, so nothing from {start:g} to {end:g} s: the file is cut short, or is not the "
+            "annotated one; get it again")
 
 
 def load(path: str | Path, start: float | None = None, end: float | None = None, fps: float = 2.0,
@@ -179,10 +180,11 @@ def agreeing(track: pyav.Track) -> decord.VideoReader | None:
     Not so: it lists reference frames that are never shown in VP8 and VP9, misreads mpeg-ts and wmv, does without times
     in AVI, and refuses others.
     """
-    if track.codec not in DECORD.get(track.format, ()) or track.pixels > DECORD_PIXELS or track.zero is None:
+    if track.codec not in DECORD.get(track.format, ()) or track.zero is None or \
+            track.pixels > DECORD_PIXELS or os.path.getsize(track.path) > DECORD_BYTES:
         return None
     try:    # fault_tol: after as many frames replaced by their neighbours it raises
-        reader = decord.VideoReader(track.path, num_threads=1, fault_tol=pyav.FAULTS)
+        reader = decord.VideoReader(str(track.path), num_threads=1, fault_tol=pyav.FAULTS)
         times = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)[:, 0]   # (N,)
     except (decord.DECORDError, RuntimeError):
         return None

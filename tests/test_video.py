@@ -256,7 +256,7 @@ def broken(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "no index", "truncated", "overwritten"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "no index", "overwritten"])
 def test_bad_files_raise_one_line_that_names_them(tmp_path, kind):
     path = broken(tmp_path, kind)
     with pytest.raises(VideoError) as error:
