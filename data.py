@@ -328,10 +328,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """path -> what is wrong: the videos that are missing, those that cannot be decoded or do not hold their part."""
+    """path -> what is wrong: the videos that are missing, those that cannot be decoded or do not hold their part, or a
+    segment that is annotated in them."""
     from support.loader import Loader  # here only: whoever reads samples needs neither decord nor torch
-    from support.video import VideoError
-    missing, undecodable, load = {}, {}, Loader(workers=workers)
+    from support.video import VideoError, beyond
+    missing, undecodable, load, segments = {}, {}, Loader(workers=workers), {}
+    for sample in samples:
+        segments.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)
 
     def wrong(video: tuple) -> str | None:
         path, start, end = video
@@ -341,11 +344,15 @@ def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], d
             return str(error)
         if end is not None and clip.duration < end - start - OVERSHOOT:
             return f"{path}: has only {clip.duration:.1f} s of its part from {start:g} to {end:g} s"
+        lacks = [(sample, lack) for sample in segments[video]
+                 if (lack := beyond(clip.duration, sample.start, sample.end, OVERSHOOT))]
+        if lacks:
+            sample, lack = lacks[0]
+            return f"{path}: has {lack} ({sample.id}" + (f" and {len(lacks) - 1} more)" if lacks[1:] else ")")
 
-    videos = list(dict.fromkeys((sample.video, sample.video_start, sample.video_end) for sample in samples))
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(pool.map(wrong, videos), desc="decoding", total=len(videos), dynamic_ncols=True)
-        for (path, *_), error in zip(videos, found):
+        found = tqdm(pool.map(wrong, segments), desc="decoding", total=len(segments), dynamic_ncols=True)
+        for (path, *_), error in zip(segments, found):
             if error:
                 (undecodable if os.path.exists(path) else missing)[path] = error
     return missing, undecodable

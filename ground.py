@@ -39,6 +39,7 @@ class Config:
     batch_size: int = flag(16, "queries at once")
     max_tokens: int = flag(1024, "longest completion")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
+    video_limit: float = flag(60.0, "seconds that decoding the video may stand still")
 
 
 def main(config: Config) -> list[dict]:
@@ -46,13 +47,13 @@ def main(config: Config) -> list[dict]:
     queries = [" ".join(query.split()) for query in config.queries]
     if not all(queries):
         raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to look for")
-    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels")
+    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "video_limit")
     if config.png:
         launch.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
     model.check_folder(config.model)
-    load = Loader(total_pixels=config.total_pixels)
+    load = Loader(config.video_limit, total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()
     _, _, device = launch.start_process()

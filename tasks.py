@@ -24,9 +24,10 @@ from functools import partial
 import numpy as np
 
 import rewards
-from data import Sample
+from data import OVERSHOOT, Sample
 from model import Encoder, Prompt
 from rewards import Reward
+from support.video import VideoError, beyond
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,12 @@ def usable(samples: list[Sample], task: Task) -> list[Sample]:
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
     """What the model sees of a sample: load(path, start, end) gives the clip, of which a task may see the segment only.
 
-    Raises VideoError when the video cannot be read.
+    Raises VideoError when the video cannot be read or, whatever the task, does not hold the segment: it is cut short or
+    another one, and what is rewarded would not be what is seen.
     """
     clip = load(sample.video, sample.video_start, sample.video_end)
+    if lack := beyond(clip.duration, sample.start, sample.end, OVERSHOOT):
+        raise VideoError(f"{sample.video}: has {lack}")
     if task.sees_segment:
         clip = clip.cut(sample.start, sample.end)
     return encoder.encode(task.prompt(sample), clip)

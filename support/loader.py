@@ -5,13 +5,16 @@
 """
 import inspect
 import json
+import math
 import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ from support.cache import Cache
 from support.video import DECODER, Clip, VideoError, VideoTimeout, load, require_file
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()
-            if name not in ("path", "start", "end")}
+            if name not in ("path", "start", "end", "tick")}
 
 
 class Loader:
@@ -33,7 +36,8 @@ class Loader:
     """
 
     def __init__(self, limit: float = 60.0, cache: str = "", cache_gb: float = 50.0, workers: int = 1, **options):
-        """`limit`: seconds that decoding a file may take; `cache_gb`: size of the cache; `options`: as for `load`."""
+        """`limit`: seconds for which decoding may stand still, however long the video is; `cache_gb`: size of the
+        cache; `options`: as for `load`."""
         if unknown := options.keys() - DEFAULTS.keys():
             raise TypeError(f"video.load has no option {', '.join(sorted(unknown))}, only {', '.join(DEFAULTS)}")
         self.options, self.hung = DEFAULTS | options, {}   # hung: the path -> what was said of it
@@ -93,14 +97,16 @@ class Worker:
         self.limit, self.process, self.pid = limit, None, None   # pid: whose worker this is
 
     def ask(self, request: dict) -> tuple[torch.Tensor, float]:
-        """(frames, fps) of a request, decoded by the process: it answers with a line of json, then with bytes."""
+        """(frames, fps) of a request, decoded by the process: it answers with lines of json, empty ones as long as it
+        gets on, then with bytes."""
         if self.process is None or self.pid != os.getpid():   # never share one with a fork
             self.start()
         cause, kind = None, VideoError
         try:
             self.stream.write(json.dumps({**request, "limit": self.limit}).encode() + b"\n")
             self.stream.flush()
-            answer = json.loads(self.stream.readline())   # of an ended process: empty, so a ValueError
+            while not (answer := json.loads(self.stream.readline())):   # of an ended process: b"", so a ValueError
+                pass
             if "error" in answer:
                 raise VideoError(answer["error"])
             if "bug" in answer:
@@ -111,8 +117,8 @@ class Worker:
         except (VideoError, RuntimeError):
             raise
         except TimeoutError:
-            kind, cause = VideoTimeout, (f"not decoded within {self.limit:g} s, and not tried again in this run; "
-                                         "re-encode it with ffmpeg, or allow more time with --video_limit")
+            kind, cause = VideoTimeout, (f"decoding stood still for {self.limit:g} s, and is not tried again in this "
+                                         "run; re-encode it with ffmpeg, or allow more time with --video_limit")
         except (OSError, ValueError):
             pass
         except BaseException:   # an interrupt: what is on the way must not answer the next request
@@ -171,9 +177,9 @@ def serve(number: int) -> None:
         connection.sendall(b"ready\n")
         for line in requests:
             request, frames = json.loads(line), None
-            signal.setitimer(signal.ITIMER_REAL, request.pop("limit") + 5)   # ends this process if the caller cannot
+            tick = progress(connection, request.pop("limit"))
             try:
-                clip = load(**request)
+                clip = load(**request, tick=tick)
                 answer, frames = {"shape": clip.frames.shape, "fps": clip.fps}, clip.frames.numpy()
             except VideoError as error:
                 answer = {"error": str(error)}
@@ -183,6 +189,23 @@ def serve(number: int) -> None:
             if frames is not None:
                 connection.sendall(frames)
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def progress(connection: socket.socket, limit: float) -> Callable[[], None]:
+    """A function to be called whenever decoding gets on: it tells the caller, who waits for that `limit` seconds, a few
+    times in them, and puts off the alarm that ends this process should the caller not be able to."""
+    told = -math.inf
+
+    def tick() -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > min(limit / 4, 1):
+            told = now
+            signal.setitimer(signal.ITIMER_REAL, limit + 5)
+            connection.sendall(b"{}\n")
+
+    tick()
+    return tick
 
 
 if __name__ == "__main__":

@@ -10,28 +10,38 @@ The rules are those of Qwen2.5-VL (even number of frames, sides that are multipl
 3. The budget counts the pixels of every frame ("approximately 2.8 million pixels per video"). Qwen counts a pair of
    frames, which the model merges, once; for that reading pass `total_pixels=2 * TOTAL_PIXELS`.
 
+Time 0 is where the file begins, as in a player: a video track that starts later than the sound shows its first frame
+until then. Where a file has no sound, or does not tell when its tracks start (raw streams), the first frame is time 0.
+
+PyAV tells which frames there are and when (pyav.py). Their pixels come from decord where it lists the same frames and
+times, else from PyAV, which reads all that FFmpeg does.
+
     clip = load("video.mp4")                 # clip.frames (T, 3, H, W), clip.fps, clip.duration
     segment = clip.cut(start=3.5, end=9.0)   # what an inversion task sees
 """
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import decord
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from support import pyav
+from support.pyav import EPSILON, on_display
+
 FACTOR = 28                      # pixels: patches of 14 x 14, merged 2 x 2
 TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
 MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
 MAX_FRAMES = 768
-EPSILON = 1e-3                   # seconds; decord's timestamps are float32
-CHUNK = 16                       # frames at full size in memory
-DECODER = f"decord {decord.__version__}, 1"   # part of a cached clip's name; count up when `load` gives other frames
-MISREAD = (".ts", ".mts", ".m2ts", ".wmv", ".asf")   # decord silently gives other frames than those asked for
+DECODER = f"decord {decord.__version__}, PyAV {av.__version__}, 2"   # of a cached clip: count up when `load` changes
+DECORD = {"mov,mp4,m4a,3gp,3g2,mj2": ("h264", "hevc", "av1", "mpeg4"), "matroska,webm": ("h264", "hevc", "av1")}
+DECORD_PIXELS = 1920 * 1920      # of a frame; decord holds more of them at a time than PyAV
+DECORD_BYTES = 1 << 30           # of a file; decord reads it all when it opens it, and cannot say how far it is
 
 decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
 
@@ -98,33 +108,42 @@ def frame_size(height: int, width: int, frames: int, total_pixels: int = TOTAL_P
     return h, w
 
 
+def beyond(duration: float, start: float, end: float, slack: float) -> str:
+    """Why a clip of `duration` seconds cannot hold what is annotated from `start` to `end`, or "": it has to begin
+    before the clip ends, and to end at most `slack` seconds after that."""
+    if start < duration and end <= duration + slack:
+        return ""
+    return (f"{duration:.2f} s of video, so nothing from {start:g} to {end:g} s: the file is cut short, or is not the "
+            "annotated one; get it again")
+
+
 def load(path: str | Path, start: float | None = None, end: float | None = None, fps: float = 2.0,
-         total_pixels: int = TOTAL_PIXELS, min_pixels: int = MIN_PIXELS, max_frames: int = MAX_FRAMES) -> Clip:
+         total_pixels: int = TOTAL_PIXELS, min_pixels: int = MIN_PIXELS, max_frames: int = MAX_FRAMES,
+         tick: Callable[[], None] = pyav.nothing) -> Clip:
     """Decode a video file, or its part from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
 
-    Frames are upright: decord applies the rotation that phones write into a file.
+    Frames are upright: the rotation that phones write into a file is applied. One frame is held at full size beside
+    those of the decoder. `tick` is called whenever something was read or decoded.
     Raises VideoError: file missing, not a video, or broken where it has to be decoded; part outside the video.
     """
     require_file(path)
-    if Path(path).suffix.lower() in MISREAD:
-        raise VideoError(f"{path}: decord misreads this format; convert it with ffmpeg -i {Path(path).name} video.mp4")
-    try:   # fault_tol: more than 4 frames replaced by their neighbours count as a broken file
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=4)
-        times, duration = frame_times(reader)
-        begin, stop = max(start or 0.0, 0.0), duration if end is None else min(end, duration)
+    try:
+        track = pyav.survey(os.path.abspath(path), tick)
+        begin, stop = max(start or 0.0, 0.0), track.end if end is None else min(end, track.end)
         if not begin < stop:
-            raise VideoError(f"{path}: lasts {duration:.2f} s, so it has no part from {start} to {end} s")
-        available = int(np.searchsorted(times, stop - EPSILON) - on_display(times, begin))
+            raise VideoError(f"{path}: lasts {track.end:.2f} s, so it has no part from {start} to {end} s")
+        available = int(np.searchsorted(track.times, stop - EPSILON) - on_display(track.times, begin))
         n = frame_count(stop - begin, available, fps, max_frames)
-        index = on_display(times, begin + np.arange(n) * (stop - begin) / n)   # (n,)
-        frames = []
-        for batch in decode(reader, index):   # (<= CHUNK, 3, H, W)
-            size = frame_size(*batch.shape[-2:], n, total_pixels, min_pixels)
-            if batch.shape[-2:] != size:   # on uint8, as the Qwen2.5-VL processor: rounded and clamped
-                batch = F.interpolate(batch, size=size, mode="bicubic", antialias=True)
-            frames.append(batch)
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
-        cause = (str(error).splitlines() or ["?"])[0].split(": ")[-1]
+        frames, size, last = [], None, None
+        for picture in decode(track, begin + np.arange(n) * (stop - begin) / n, tick):   # (h, w, 3)
+            if picture is not last:
+                size = size or frame_size(*picture.shape[:2], n, total_pixels, min_pixels)
+                frame, last = torch.from_numpy(picture).permute(2, 0, 1)[None], picture   # (1, 3, h, w)
+                if frame.shape[-2:] != size:   # on uint8, as the Qwen2.5-VL processor: rounded and clamped
+                    frame = F.interpolate(frame, size=size, mode="bicubic", antialias=True)
+            frames.append(frame)
+    except (av.FFmpegError, pyav.Unreadable) as error:
+        cause = getattr(error, "strerror", None) or error
         raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
                          "get it again or re-encode it with ffmpeg") from error
     key = (str(path), start, end, fps, total_pixels, min_pixels, max_frames)
@@ -132,48 +151,62 @@ def load(path: str | Path, start: float | None = None, end: float | None = None,
 
 
 def require_file(path: str | Path) -> None:
-    """Raise VideoError unless there is a file at `path`."""
+    """Raise VideoError unless there is a file at `path` that may be read."""
     if not os.path.isfile(path):
         kind = "is not a regular file" if os.path.exists(path) else "no such video file; check the path and the id"
         raise VideoError(f"{path}: {kind}")
+    if not os.access(path, os.R_OK):
+        raise VideoError(f"{path}: may not be read by this user; change its permissions (chmod +r)")
 
 
-def frame_times(reader: decord.VideoReader) -> tuple[np.ndarray, float]:
-    """When the frames that decoding gives appear, (N,) seconds from the first one; and the duration, seconds.
+def decode(track: pyav.Track, moments: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
+    """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (h, w, 3); one that is shown at
+    several is the same object each time."""
+    done, reader = 0, agreeing(track)
+    if reader:
+        try:
+            for picture in by_decord(reader, on_display(track.times, moments), tick):
+                yield picture
+                done += 1
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError):
+            pass                                    # PyAV tells whether it is the file's fault
+    if done < len(moments):
+        yield from pyav.frames(track, moments[done:], tick)
 
-    Frames before time 0 are those that an edit list hides (a file cut without re-encoding keeps them from the key frame
-    before the cut): decord lists them but never gives them. Without usable timestamps the frame rate tells the times.
+
+def agreeing(track: pyav.Track) -> decord.VideoReader | None:
+    """decord's reader of a file, if it is of a kind that decord reads well and lists the frames and times of PyAV.
+
+    Not so: it lists reference frames that are never shown in VP8 and VP9, misreads mpeg-ts and wmv, does without times
+    in AVI, and refuses others.
     """
-    spans = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)   # (N, 2): appears, goes
-    times, last = spans[spans[:, 0] >= 0, 0], spans[-1, 1]
-    usable = np.abs(spans).max() < 1e6 and (np.diff(spans[:, 0]) >= 0).all()   # False for NaN
-    if usable and len(times) and last > times[0]:
-        return times - times[0], last - times[0]
-    rate = reader.get_avg_fps()
-    assert 0 < rate < 1e6, "neither timestamps nor a frame rate"
-    return np.arange(len(reader)) / rate, len(reader) / rate
+    if track.codec not in DECORD.get(track.format, ()) or track.zero is None or \
+            track.pixels > DECORD_PIXELS or os.path.getsize(track.path) > DECORD_BYTES:
+        return None
+    try:    # fault_tol: after as many frames replaced by their neighbours it raises
+        reader = decord.VideoReader(str(track.path), num_threads=1, fault_tol=pyav.FAULTS)
+        times = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)[:, 0]   # (N,)
+    except (decord.DECORDError, RuntimeError):
+        return None
+    times = times[times >= 0]   # those before are hidden by an edit list: listed, but never given
+    same = len(times) == len(track.times) and np.abs(np.diff(times - track.times)).max(initial=0) < 4 * EPSILON
+    return reader if same else None
 
 
-def on_display(times: np.ndarray, t: float | np.ndarray) -> np.ndarray:
-    """Index of the frame that is shown at time `t`: the latest one that appeared by then."""
-    return np.maximum(np.searchsorted(times, t + EPSILON, side="right") - 1, 0)
-
-
-def decode(reader: decord.VideoReader, index: np.ndarray) -> Iterator[torch.Tensor]:
-    """Yield the frames of a non-decreasing `index` in chunks, uint8 (<= CHUNK, 3, H, W).
+def by_decord(reader: decord.VideoReader, index: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
+    """The frames of a non-decreasing `index`, uint8 (h, w, 3).
 
     All frames are read in their order. decord's seeking (get_batch, reader[i], skip_frames) gives other frames than
-    those asked for in HEVC with open groups of pictures, MPEG-4 with B-frames, AVI, and files with an edit list; at 2
-    fps it also saves nothing, since key frames are further apart. A part deep inside a long file does wait for what is
-    before.
+    those asked for in HEVC with open groups of pictures, MPEG-4 with B-frames, and files with an edit list; at 2 fps it
+    also saves nothing, since key frames are further apart. A part deep inside a long file does wait for what is before.
     """
-    position, chunk = -1, []
-    for k, i in enumerate(index, 1):
-        while position < i:
-            frame, position = reader.next(), position + 1
+    position = -1
+    for i in index:
+        if position < i:
+            while position < i:
+                frame, position = reader.next(), position + 1
+                tick()
             height, width, _ = frame.shape
-        rows = frame.asnumpy().reshape(height, -1)   # narrow frames come with padded rows, (H, W, 4 and more)
-        chunk.append(rows[:, :3 * width].reshape(height, width, 3))
-        if len(chunk) == CHUNK or k == len(index):
-            yield torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2)
-            chunk = []
+            rows = frame.asnumpy().reshape(height, -1)   # narrow frames come with padded rows, (h, w, 4 and more)
+            picture = np.ascontiguousarray(rows[:, :3 * width]).reshape(height, width, 3)
+        yield picture
