@@ -357,3 +357,31 @@ def test_a_batch_pays_what_its_completions_do():
         assert len({each.total for each in found}) > 1
         with pytest.raises(ValueError):
             reward(texts, [sample("he runs")])
+
+
+@pytest.mark.parametrize("text", ["1 to 2 minutes", "5 to 10 hours", "10 to 20% of the video", "10 to 20 % of it",
+                                  "24 to 48 frames", "3,5 to 7,2", "12,5s to 17,8s", "1 to 2 mins", "2 to 5 percent",
+                                  "2 to 3 steps between 5.0s - 10.0s", "1 to 2 Minutes", "100 to 900 ms"])
+def test_other_units_and_commas_are_no_seconds(text):
+    assert segment(said(text)) is None
+
+
+@pytest.mark.parametrize("text", ["from 2 to 8, then", "2 to 8 in the video", "2 s to 8 s", "2 to 8.", "at 1, 2 to 8",
+                                  "2 to 8 has frames", "2 and 8 mean"])
+def test_what_follows_may_be_any_other_word(text):
+    assert segment(said(text)) == (2, 8)
+
+
+def test_marks_of_emphasis_are_no_part_of_an_answer():
+    assert answer(said("person is **smiling**.")) == "person is smiling."
+    assert answer(said("_walks_ `away` to snake_case")) == "walks away to snake_case"
+    assert verbs(["person is **smiling**.", "* runs *", "There are two men talking.", "There's a man."]) == [
+        {"smile"}, {"run"}, {"talk"}, frozenset()]
+    assert segment(said("**2.0** to **8.0**")) is None          # the strict reader of the reward
+
+
+def test_a_limit_ends_the_pay_for_lists_of_verbs():
+    text = said("he walks and runs and sits and eats and opens it")
+    free, limited = (one(vd, text, sample("a person runs"), limit=limit) for limit in (0, 4))
+    assert (free.parts["vd"], limited.parts["vd"]) == (1, 0) and free.said == {"verbs_said": 5}
+    assert one(vd, text, sample("a person runs"), limit=5).parts["vd"] == 1 and free.total == 2

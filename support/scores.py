@@ -5,18 +5,24 @@ from itertools import combinations
 import numpy as np
 
 THRESHOLDS = (0.3, 0.5, 0.7)        # m of R1@m
+ROUNDING = 1e-9
 
 
 def measure(ious: Sequence[float], videos: Sequence[str | None]) -> dict[str, float | list[float]]:
-    """mIoU, R1@m (IoU >= m) and R1>m (IoU > m), with 95 % intervals where the videos are known, and more than one."""
+    """mIoU, R1@m (IoU >= m) and R1>m (IoU > m), with 95 % intervals where the videos are known, and more than one. Of
+    fewer than 20 videos they are too narrow (of 2 they hold the truth in 51 %, of 5 in 80, of 20 in 92), which is said.
+    """
     iou = np.array(ious)
     values = {"mIoU": iou}
     for m in THRESHOLDS:
-        values.update({f"R1@{m}": iou >= m, f"R1>{m}": iou > m})
+        # (0, 9.1) and (0, 13) have 0.7 but for rounding
+        values.update({f"R1@{m}": iou >= m - ROUNDING, f"R1>{m}": iou > m + ROUNDING})
     scores = {name: float(value.mean()) for name, value in values.items()}
     if None not in videos and len(set(videos)) > 1:
         lows, highs = interval(np.stack(list(values.values()), axis=1), videos)
         scores.update((f"{name}_95", [low, high]) for name, low, high in zip(values, lows.tolist(), highs.tolist()))
+        if len(set(videos)) < 20:
+            scores["note"] = f"intervals from {len(set(videos))} videos are too narrow; from 20 on they are about right"
     return scores
 
 
