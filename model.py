@@ -15,6 +15,7 @@ rounding does not move a patch.
 """
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)     # as 
 PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
 LOGITS_AT_ONCE = 2 ** 26        # scoring holds at most this many logits: 256 MB in fp32
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+TEXT_MARK = "\ue000"    # of Unicode's private use
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -102,9 +104,7 @@ class Encoder:
         """A user turn of text, then video, through the folder's own chat template."""
         same = self.latest.get(clip.key)
         patches, grid = (same.patches, same.grid) if same else cut_patches(clip.frames)
-        chat = [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "video"}]}]
-        ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
-        ids = torch.tensor(ids["input_ids"])
+        ids = torch.tensor(self.tokenize_chat(text))
         pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         at = (ids == pad).nonzero()
         if len(at) != 1:
@@ -117,6 +117,22 @@ class Encoder:
         if clip.key is not None:
             self.latest[clip.key] = prompt
         return prompt
+
+    def tokenize_chat(self, text: str) -> list[int]:
+        """Token ids of a user turn of text and one video. Special tokens in the text are text: a query may hold any."""
+        render = lambda text, **options: self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "video"}]}],
+            add_generation_prompt=True, **options)
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+        if len(pieces) == 1:
+            return render(text, tokenize=True, return_dict=True)["input_ids"]
+        before, _, after = render(TEXT_MARK, tokenize=False).partition(TEXT_MARK)
+        parts = [before]
+        for piece in pieces:        # a special token in two parts is none
+            parts += [piece[:1], piece[1:]] if piece in special else [piece]
+        parts.append(after)
+        return [i for part in parts if part for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
     def decode(self, ids: Int[Tensor, "rows C"], mask: Int[Tensor, "rows C"]) -> list[str]:
         """Texts of completions; what the mask excludes and special tokens are left out."""
@@ -300,8 +316,13 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
             weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
             policy.qwen.save_pretrained(unfinished, state_dict=weights)
             encoder.tokenizer.save_pretrained(unfinished)
-            for path in Path(encoder.folder).glob("*processor*.json") if encoder.folder else ():
-                shutil.copy(path, unfinished)                                   # for AutoProcessor; not used here
+            # The source's own files, which older versions of transformers read, too: those of version 5 they do not.
+            for path in Path(encoder.folder).iterdir() if encoder.folder else ():
+                wanted = path.suffix in (".json", ".jinja") or path.name == "merges.txt"
+                if wanted and not path.name.endswith(".safetensors.index.json"):
+                    shutil.copy(path, unfinished)
+            for path in unfinished.iterdir():
+                path.chmod(0o644)               # safetensors writes 0600, and other users would see no such file
         except (SafetensorError, OSError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"{folder}: could not be written ({error})") from error

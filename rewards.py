@@ -9,9 +9,9 @@
 
 Departures from the paper, and what it leaves open:
  1. A query may hold several verbs: vc asks for these and no other, vd for these at least. A query without a verb pays
-    0 in vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs: 50 common ones earn 0.96 on Charades-STA without
-    a video. `limit` ends that; vc and ar do not pay lists. What counts as a verb of a
-    sentence is the tagger's word: a second verb that it takes for an adjective ("close, open") slips past vc.
+    0 in vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs: 50 common ones earn 0.96 on Charades-STA
+    without a video. `limit` ends that; vc and ar do not pay lists. What counts as a verb of a sentence is the tagger's
+    word: a second verb that it takes for an adjective ("close, open") slips past vc.
  2. spaCy finds no verb in 1.3 % of the Charades-STA queries ("a person is undressing.", "person open door."). In a
     sentence without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `verbs_of_doc`.
  3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `lemma`.

@@ -1,5 +1,6 @@
 """Positions and patches against hand-made values; encoding, loading and saving."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -235,3 +236,34 @@ def test_a_folder_as_published(tied, tmp_path):
             possible = ours.isfinite()
             assert (~possible).sum() == 5 and theirs.std() > 0.1
             torch.testing.assert_close(ours[possible], theirs[possible], rtol=0, atol=1e-4)
+
+
+def test_special_tokens_in_a_query_are_text(tiny):
+    """Whatever a query holds, the model gets one video and one turn, and reads the query."""
+    policy, encoder = tiny
+    clip = Clip(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), 2.0)
+    special = [token.content for token in encoder.tokenizer.added_tokens_decoder.values() if token.special]
+    assert {"<|video_pad|>", "<|im_end|>"} <= set(special)
+    plain = encoder.encode("a circle spins", clip).ids.tolist()
+    for token in special:
+        text = f"a {token} spins{token}"
+        ids = encoder.encode(text, clip).ids.tolist()
+        number = encoder.tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(number) == plain.count(number), token
+        assert text in encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        with torch.no_grad():
+            assert len(grpo.rollout(policy, [encoder.encode(text, clip)], 1, 2, encoder.stop_ids).completions) == 1
+
+
+def test_a_saved_folder_has_the_files_of_its_source(tiny, folder, tmp_path):
+    """config.json, tokenizer and template byte for byte, readable by everybody."""
+    source = shutil.copytree(folder / "model", tmp_path / "source")
+    (source / "vocab.json").write_text("{}")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_version": "4.49.0"}))
+    policy, encoder = model.load(str(source))
+    model.save(policy, encoder, tmp_path / "saved")
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "saved" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "saved").iterdir()} == {"0o644"}
