@@ -18,6 +18,7 @@ import numpy as np
 
 EPSILON = 1e-3      # seconds; timestamps may be rounded to milliseconds
 FAULTS = 4          # frames or packets of a file that may be lost before it counts as broken
+REORDERED = 16      # frames by which a packet may come before or after its turn
 LONGEST = 1e6       # seconds; times beyond are garbage
 UNORDERED = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "ivf")  # have no times of their own, or of packets only
 
@@ -86,6 +87,8 @@ def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
     if ordered:
         order = np.argsort(shown, kind="stable")
         times, lengths = shown[order] * base, lengths[order] * base
+    elif format not in UNORDERED and usable(filled := before(shown, lengths) * base):
+        times, lengths = filled, lengths * base
     elif usable(sent * base) and (np.diff(sent) > 0).all():
         times, lengths = sent * base, lengths * base
     else:
@@ -96,18 +99,23 @@ def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
                  float(zero) if ordered else None, pixels)
 
 
+def before(shown: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Ascending times of which the first ones are unknown (NaN): those below 0, which Matroska's reader leaves out."""
+    unknown = np.isnan(shown)
+    count, known = int(unknown.sum()), np.sort(shown[~unknown])
+    if not 0 < count <= len(known) or unknown[count + REORDERED:].any():
+        return np.full_like(shown, math.nan)
+    gap = np.median(np.diff(known)) if len(known) > 1 else lengths[-1]
+    return np.concatenate([known[0] - gap * np.arange(count, 0, -1), known])
+
+
 def usable(times: np.ndarray) -> bool:
     return bool((np.abs(times) < LONGEST).all())     # False for NaN
 
 
 def hidden(packet: av.Packet, codec: str) -> bool:
-    """Whether a packet holds nothing but a reference frame of VP8 or VP9, which is never shown."""
-    if codec not in ("vp8", "vp9"):
-        return False
-    data = memoryview(packet)
-    if codec == "vp8":
-        return not data[0] & 0x10
-    return data[-1] & 0xe0 != 0xc0 and not data[0] & 0x0a       # no superframe, nothing existing to show, not shown
+    """Whether a packet is a reference frame of VP8 that is never shown. (VP9 has them in the packet of a shown one.)"""
+    return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def on_display(times: np.ndarray, t: float | np.ndarray) -> np.ndarray:
@@ -120,6 +128,7 @@ def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame
     faults, count = 0, 0
     with av.open(track.path, metadata_errors="ignore") as container:
         stream = video_of(container)
+        base = float(stream.time_base)      # multiplied as in survey, so that ties are the same ties
         for packet in chain(packets(container, stream, tick), [None]):     # None: what is held back
             try:
                 images = stream.codec_context.decode(packet)
@@ -130,8 +139,7 @@ def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame
                 continue
             for image in images:
                 own = track.zero is not None and image.pts is not None
-                yield float(image.pts * stream.time_base) - track.zero if own else \
-                    track.times[min(count, len(track.times) - 1)], image
+                yield image.pts * base - track.zero if own else track.times[min(count, len(track.times) - 1)], image
                 count += 1
 
 

@@ -1,5 +1,6 @@
 """One video and one query or several, on the tiny model: the answers of evaluate.py, printed, as JSON, drawn."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import data
 import evaluate
 import ground
 import tasks
-from support import launch
+from support import launch, loader
 from support.video import Clip
 
 HERE = Path(__file__).parent.parent
@@ -109,3 +110,16 @@ def test_command_line(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("no answer\n    query: the red circle is growing.\n    completion: ")
     assert matplotlib.image.imread(tmp_path / "a.png").std() > 0.05
+
+
+def test_every_flag_that_a_message_names_is_there(folder, tmp_path, monkeypatch):
+    path, limits = next((folder / "videos").iterdir()), []
+    with pytest.raises(ValueError, match="--video_limit"):
+        ground.main(config(folder / "model", path, ["a"], video_limit=0.0))
+    monkeypatch.setattr(loader.Worker, "ask", lambda self, request: limits.append(self.limit) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ground.main(config(folder / "model", path, ["a"], video_limit=7.0))
+    assert limits == [7.0]
+    sources = (HERE / "ground.py", HERE / "support" / "loader.py", HERE / "support" / "video.py")
+    named = {name for source in sources for name in re.findall(r'"[^"\n]*?--(\w+)[^"\n]*"', source.read_text())}
+    assert "video_limit" in named and named - {"help"} <= {*ground.Config.__dataclass_fields__}
