@@ -65,7 +65,7 @@ class Config:
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
+    video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     blind: bool = flag(False, "show grey frames instead of the video")
     swap_queries: bool = flag(False, "ask each video for another of its events, and score against the first one's "

@@ -50,7 +50,7 @@ class Config:
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_limit: float = flag(60.0, "seconds that decoding a video may take before it counts as unreadable")
+    video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                  "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
