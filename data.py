@@ -113,7 +113,12 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
     Raises AnnotationError when the file cannot be read, or has none of the formats.
     """
     try:
-        content = Path(path).read_bytes().decode("utf-8-sig")
+        raw = Path(path).read_bytes()
+        for start, kind in ((b"\x1f\x8b", "is compressed; gunzip it"), (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
+                            (b"\xfe\xff", "is UTF-16; save it as UTF-8")):
+            if raw.startswith(start):
+                raise ValueError(kind)
+        content = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")      # old Mac line ends, too
     except (OSError, ValueError) as error:
         raise AnnotationError(f"{path}: cannot be read ({error}); give --annotations {KNOWN}") from error
     # not splitlines(): there may be unusual line separators inside a sentence
@@ -154,9 +159,15 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
 
 
 def load_json(text: str):
-    """The value of a json text, or the error as a value; nesting too deep is an error, too."""
+    """The value of a json text, or the error as a value; nesting too deep is an error, and a key that stands twice."""
+    def once(pairs: list[tuple]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):      # json would keep the last one and say nothing
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         return error
 

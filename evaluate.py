@@ -245,7 +245,7 @@ def read_predictions(path: str) -> list[dict]:
 
     Raises ValueError, which names the file and the line, for what is no prediction."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else {"task": "none"}
             if row.get("task", "TVG") != "TVG":

@@ -1,4 +1,5 @@
 """Annotation files of every format with their irregularities, looking up videos, the linter."""
+import gzip
 import json
 import os
 import subprocess
@@ -308,3 +309,17 @@ def test_a_text_file_is_read_without_decord_or_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)})
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("content, words", [
+    (gzip.compress(b"AO8RW 0 1##x"), "is compressed; gunzip it"), ("AO8RW 0 1##x".encode("utf-16"), "is UTF-16"),
+    (b'{"v": {"duration": 9, "timestamps": [[0, 1]], "sentences": ["x"]}, "v": {}}', "the key 'v' stands twice")])
+def test_what_a_file_is_instead_is_named(tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(data.AnnotationError, match=f"a.txt: .*{words}"):
+        data.read(str(tmp_path / "a.txt"), None)
+
+
+def test_old_mac_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"A 0 1##x\rB 1 2##y\r")
+    assert [(s.id, s.query) for s in data.read(str(tmp_path / "a.txt"), None)[0]] == [("A:1", "x"), ("B:2", "y")]

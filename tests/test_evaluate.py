@@ -321,3 +321,10 @@ def test_best_fixed_answer(tmp_path):
     assert found["fixed_answer"] == [0.5, 1] and found["mIoU"] == 1
     with pytest.raises(ValueError, match="either --model"):
         evaluate.main(evaluate.Config(annotations="x", fixed_answer="y", predictions="z"))
+
+
+def test_predictions_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_text("A 0 4##he sits.\n")
+    (tmp_path / "p.jsonl").write_text('{"id": "A:1", "start": 0, "end": 4}\n', encoding="utf-8-sig")
+    scores = evaluate.main(evaluate.Config(annotations=str(tmp_path / "a.txt"), predictions=str(tmp_path / "p.jsonl")))
+    assert scores["mIoU"] == 1

@@ -74,7 +74,8 @@ def test_rows_are_json_even_if_numbers_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("number", launch.STOPPING)
 def test_a_signal_asks_and_a_later_one_ends(monkeypatch, capfd, number):
-    before, now, ended = signal.getsignal(number), [0.0], []
+    before, now, ended = signal.SIG_DFL, [0.0], []
+    signal.signal(number, before)       # in the background of a shell some are ignored
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
     with launch.stop_signals() as stop:
         assert not stop.is_set()
@@ -130,7 +131,8 @@ def script(tmp_path, body):
                     "@dataclass\nclass Config:\n    output: str = 'run'\n"
                     f"@launch.one_run\ndef main(config):\n    {body}\nlaunch.command_line(Config, main, 'x')\n")
     return lambda **options: subprocess.Popen(
-        [sys.executable, str(path)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(path)], cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parent.parent)}, **options)
 
 
