@@ -2,7 +2,7 @@
 
 The file is read twice, in order and without seeking: `survey` goes through its packets, which says what is really there
 (the header of a file that was cut short promises more), `frames` decodes them. A frame carries the time at which it is
-shown, so reference frames that are never shown (VP8, VP9) and those before the cut of an edit list do no harm.
+shown, so reference frames that are never shown (VP8) and those before the cut of an edit list do no harm.
 
     track = survey("video.mp4")
     for picture in frames(track, [0.0, 0.5]):    # uint8 (H, W, 3)
@@ -64,7 +64,7 @@ def video_of(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
-    """Go through a file's packets. Raises Unreadable or av.FFmpegError (of which OSError is none)."""
+    """Go through a file's packets. Raises Unreadable, or av.FFmpegError with what FFmpeg says."""
     with av.open(path, metadata_errors="ignore") as container:
         stream = video_of(container)
         read, cut = [], False

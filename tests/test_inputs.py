@@ -68,7 +68,7 @@ NUMBERS = {     # of each script: those that must be above 0, and those that may
     "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_limit workers keep max_bad_steps",
             "seed per_pass save_every"),
     "evaluate": ("batch_size max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature"),
-    "ground": ("batch_size max_tokens total_pixels", ""),
+    "ground": ("batch_size max_tokens total_pixels video_limit", ""),
     "toy": ("steps learning_rate prompts_per_step warm_steps", "seed beta tvg_prob")}
 SCRIPTS = {module.__name__: module for module in (train, sft, evaluate, ground, toy)}
 
