@@ -2,7 +2,7 @@
 
 The file is read twice, in order and without seeking: `survey` goes through its packets, which says what is really there
 (the header of a file that was cut short promises more), `frames` decodes them. A frame carries the time at which it is
-shown, so reference frames that are never shown (VP8, VP9) and those before the cut of an edit list do no harm.
+shown, so reference frames that are never shown (VP8) and those before the cut of an edit list do no harm.
 
     track = survey("video.mp4")
     for picture in frames(track, [0.0, 0.5]):    # uint8 (H, W, 3)
@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 EPSILON = 1e-3      # seconds; timestamps may be rounded to milliseconds
-FAULTS = 4          # frames or packets of a file that may be lost before it counts as broken
+FAULTS = 4          # frames that may be lost before a moment; more, and the file counts as broken
 REORDERED = 16      # frames by which a packet may come before or after its turn
 LONGEST = 1e6       # seconds; times beyond are garbage
 UNORDERED = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "ivf")  # have no times of their own, or of packets only
@@ -64,7 +64,7 @@ def video_of(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
-    """Go through a file's packets. Raises Unreadable or av.FFmpegError (of which OSError is none)."""
+    """Go through a file's packets. Raises Unreadable, or av.FFmpegError with what FFmpeg says."""
     with av.open(path, metadata_errors="ignore") as container:
         stream = video_of(container)
         read, cut = [], False
@@ -124,18 +124,22 @@ def on_display(times: np.ndarray, t: float | np.ndarray) -> np.ndarray:
 
 
 def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame]]:
-    """All frames in the order in which they are shown, each with the time (seconds) at which it appears."""
-    faults, count = 0, 0
+    """All frames in the order in which they are shown, each with the time (seconds) at which it appears.
+
+    Raises the error of a packet that cannot be decoded, since the pictures after it show damage; but not of the last
+    one, where a file was cut, nor of those before the first frame, where a recording may begin in the middle.
+    """
+    fault, count = None, 0
     with av.open(track.path, metadata_errors="ignore") as container:
         stream = video_of(container)
         base = float(stream.time_base)      # multiplied as in survey, so that ties are the same ties
         for packet in chain(packets(container, stream, tick), [None]):     # None: what is held back
+            if fault and packet:
+                raise fault
             try:
                 images = stream.codec_context.decode(packet)
-            except av.FFmpegError:
-                faults += 1
-                if faults > FAULTS:
-                    raise
+            except av.FFmpegError as error:
+                fault = error if count else None
                 continue
             for image in images:
                 own = track.zero is not None and image.pts is not None
@@ -146,8 +150,8 @@ def decoded(track: Track, tick: Callable) -> Iterator[tuple[float, av.VideoFrame
 def frames(track: Track, moments: Iterable[float], tick: Callable[[], None] = nothing) -> Iterator[np.ndarray]:
     """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (H, W, 3), upright.
 
-    One that is shown at several moments is the same object each time. Raises Unreadable or av.FFmpegError when more
-    than FAULTS frames before a moment cannot be decoded.
+    One that is shown at several moments is the same object each time. Raises av.FFmpegError where a packet is
+    damaged, Unreadable when more than FAULTS frames before a moment are lost without a word.
     """
     moments, k, last = list(moments), 0, None
     for time, image in chain(decoded(track, tick), [(math.inf, None)]):

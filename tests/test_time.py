@@ -298,6 +298,21 @@ def test_many_lost_frames_are_a_broken_file_and_few_are_not(tmp_path, monkeypatc
         load(path)
 
 
+@pytest.mark.parametrize("place, broken", [(12, True), (29, False)])
+def test_a_damaged_packet_breaks_a_file_unless_it_is_the_last(tmp_path, place, broken):
+    path = write(tmp_path / "a.webm", constant(10, 3), (64, 64), step=6, **VP9)
+    with av.open(str(path)) as file:
+        content = [bytes(packet) for packet in file.demux(video=0)][place]
+    head, _, tail = path.read_bytes().rpartition(content)       # equal ones come before it
+    path.write_bytes(head + bytes(len(content)) + tail)
+    load(path, end=1.0)                                         # what is before it is whole
+    if broken:
+        with pytest.raises(VideoError, match="a.webm: cannot be decoded .Invalid data"):
+            load(path)
+    else:
+        assert shown(load(path, fps=10), 6) == [*range(29), 28]
+
+
 def test_where_decord_fails_pyav_goes_on(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", constant(10, 3), (64, 64), step=6)
     expected, whole, asked = load(path), video.by_decord, []
