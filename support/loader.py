@@ -35,7 +35,8 @@ class Loader:
     first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
     """
 
-    def __init__(self, limit: float = 60.0, cache: str = "", cache_gb: float = 50.0, workers: int = 1, **options):
+    def __init__(self, limit: float = 60.0, cache: str | Path = "", cache_gb: float = 50.0, workers: int = 1,
+                 **options: float):
         """`limit`: seconds for which decoding may stand still, however long the video is; `cache_gb`: size of the
         cache; `options`: as for `load`."""
         if unknown := options.keys() - DEFAULTS.keys():
@@ -97,46 +98,50 @@ class Worker:
         self.limit, self.process, self.pid = limit, None, None   # pid: whose worker this is
 
     def ask(self, request: dict) -> tuple[torch.Tensor, float]:
-        """(frames, fps) of a request, decoded by the process: it answers with lines of json, empty ones as long as it
-        gets on, then with bytes."""
+        """(frames, fps) of a request, frames uint8 (T, 3, H, W), decoded by the process: it answers with lines of
+        json, empty ones as long as it gets on, then with bytes. Raises VideoError, and RuntimeError for a mistake."""
         if self.process is None or self.pid != os.getpid():   # never share one with a fork
             self.start()
-        cause, kind = None, VideoError
+        cause, kind, refusal = None, VideoError, None
         try:
             self.stream.write(json.dumps({**request, "limit": self.limit}).encode() + b"\n")
             self.stream.flush()
             while not (answer := json.loads(self.stream.readline())):   # of an ended process: b"", so a ValueError
                 pass
             if "error" in answer:
-                raise VideoError(answer["error"])
-            if "bug" in answer:
-                raise RuntimeError(f"decoding {request['path']} failed:\n{answer['bug']}")
-            frames = torch.empty(answer["shape"], dtype=torch.uint8)
-            if self.stream.readinto(frames.numpy()) == frames.numel():
-                return frames, answer["fps"]
-        except (VideoError, RuntimeError):
-            raise
+                refusal = VideoError(answer["error"])
+            elif "bug" in answer:
+                refusal = RuntimeError(f"decoding {request['path']} failed:\n{answer['bug']}")
+            else:
+                frames = torch.empty(answer["shape"], dtype=torch.uint8)
+                if self.stream.readinto(frames.numpy()) == frames.numel():
+                    return frames, answer["fps"]
         except TimeoutError:
             kind, cause = VideoTimeout, (f"decoding stood still for {self.limit:g} s, and is not tried again in this "
                                          "run; re-encode it with ffmpeg, or allow more time with --video_limit")
         except (OSError, ValueError):
             pass
-        except BaseException:   # an interrupt: what is on the way must not answer the next request
+        except BaseException:   # an interrupt, no memory here: what is on the way must not answer the next request
             self.close()
             raise
+        if refusal:     # the process has said all, and goes on
+            raise refusal
         code = self.close()
         raise kind(f"{request['path']}: " + (cause or f"crashed the decoder (exit code {code}); "
                                              "get it again or re-encode it with ffmpeg"))
 
     def start(self) -> None:
-        """Start this file as a script: so the caller's own main module is not imported again. Its standard output is
-        closed to it, since decoders print; it talks over a socket."""
+        """Run this module in a new Python: so the caller's own main module is not imported again. It finds what the
+        caller finds (sys.path), wherever that works and whatever PYTHONSAFEPATH says. Its standard output is closed to
+        it, since decoders print; it talks over a socket."""
         ours, theirs = socket.socketpair()
+        root = Path(__file__).resolve().parent.parent
+        paths = os.pathsep.join(os.path.abspath(path) for path in (root, *sys.path))
         with theirs:
             self.process = subprocess.Popen(    # in a session of its own, since Ctrl-C is for the caller
                 [sys.executable, "-m", "support.loader", str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                start_new_session=True)
+                cwd=root, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, start_new_session=True)
         self.pid, self.stream = os.getpid(), ours.makefile("rwb")
         with ours:   # the stream keeps it open
             ours.settimeout(300)
@@ -147,7 +152,7 @@ class Worker:
             ours.settimeout(self.limit)
         if not ready:
             raise ChildProcessError(f"the decoding process does not start (exit code {self.close()}): see its message "
-                                    f"above, or try {sys.executable} -c 'import support.video'")
+                                    f"above, or try in {root}: {sys.executable} -c 'import support.loader'")
 
     def close(self) -> int | None:
         """End the process; returns its exit code, minus the signal's number if a signal ended it."""
@@ -183,8 +188,12 @@ def serve(number: int) -> None:
                 answer, frames = {"shape": clip.frames.shape, "fps": clip.fps}, clip.frames.numpy()
             except VideoError as error:
                 answer = {"error": str(error)}
-            except Exception:       # sent back whole: a mistake in `load` must not look like a broken video
-                answer = {"bug": traceback.format_exc()}
+            except Exception as error:
+                if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):   # numpy's; torch's
+                    answer = {"error": f"{request['path']}: decoding it takes more memory than there is; re-encode it "
+                                       "in a smaller size with ffmpeg"}
+                else:       # sent back whole: a mistake in `load` must not look like a broken video
+                    answer = {"bug": traceback.format_exc()}
             connection.sendall(json.dumps(answer).encode() + b"\n")
             if frames is not None:
                 connection.sendall(frames)

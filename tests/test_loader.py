@@ -1,13 +1,18 @@
-"""loader.Loader: what comes from its worker processes is what load gives; hangs, crashes and the cache."""
+"""loader.Loader: what comes from its worker processes is what load gives; hangs, crashes, mistakes and the cache."""
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 from test_video import broken, constant, counted, shown, write
 
 from support import loader as loaders
@@ -49,9 +54,8 @@ def test_loader_gives_what_load_gives(toy, loader, tmp_path):
 
 def test_threads_take_turns(toy, loader):
     results = []
-    threads = [threading.Thread(target=lambda s=s: results.append(shown(loader(toy, start=s)) == [*range(4 * s, 64,
-                                                                                                         2)]))
-               for s in range(6)]
+    ask = lambda s: results.append(shown(loader(toy, start=s)) == [*range(4 * s, 64, 2)])
+    threads = [threading.Thread(target=ask, args=(s,)) for s in range(6)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert results == [True] * 6
 
@@ -137,12 +141,14 @@ def test_a_crash_is_an_error_and_the_next_file_loads(toy, loader):
 
 
 def test_the_worker_ends_with_its_parent_and_needs_no_main_guard(toy, tmp_path):
+    """From any working directory, and where the environment keeps Python from looking into that."""
     script = tmp_path / "unguarded.py"
     root = str(Path(video.__file__).parent.parent)
     script.write_text(f"import sys, time\nsys.path.insert(0, {root!r})\nfrom support.loader import Loader\n"
                       f"loader = Loader()\nloader({str(toy)!r})\n"
                       "print(loader.workers[0].process.pid, flush=True)\ntime.sleep(60)\n")
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, cwd=tmp_path,
+                          env={**os.environ, "PYTHONSAFEPATH": "1"}) as parent:
         worker = int(parent.stdout.readline())
         os.kill(worker, 0)
         parent.kill()
@@ -174,8 +180,7 @@ def test_a_cached_clip_is_the_same_and_needs_no_worker(toy, tmp_path, loader):
 def test_what_changes_the_frames_changes_the_entry(toy, tmp_path, monkeypatch):
     path, asked = tmp_path / "a.mp4", []
     path.write_bytes(toy.read_bytes())
-    monkeypatch.setattr(Worker, "ask", lambda self, request: asked.append(request) or
-                        (counted(4).frames, 2.0))
+    monkeypatch.setattr(Worker, "ask", lambda self, request: asked.append(request) or (counted(4).frames, 2.0))
     make = lambda **options: Loader(cache=tmp_path / "cache", **options)
     make()(path), make()(path)
     assert len(asked) == 1
@@ -206,6 +211,33 @@ def test_a_mistake_in_load_is_no_broken_video(toy, loader):
     worker = loader.workers[0].process.pid
     loader.options["fps"] = 2.0
     assert same(loader(toy), load(toy)) and loader.workers[0].process.pid == worker
+
+
+@pytest.mark.parametrize("load", [lambda **_: np.empty(1 << 60, np.uint8),
+                                  lambda **_: torch.empty(1 << 60, dtype=torch.uint8)])
+def test_a_video_too_large_for_the_memory_is_no_mistake(monkeypatch, load):
+    """The worker's loop, run here: it says so of each request, and goes on to the next."""
+    monkeypatch.setattr(loaders, "load", load)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)      # it would ignore SIGTERM from now on
+    ours, theirs = socket.socketpair()
+    with ours, ours.makefile("r") as answers:
+        ours.sendall(b'{"path": "/a.mp4", "limit": 60}\n' * 2)
+        ours.shutdown(socket.SHUT_WR)
+        loaders.serve(theirs.detach())
+        ready, *lines = answers.read().splitlines()
+    said = [answer for answer in map(json.loads, lines) if answer]
+    assert ready == "ready" and len(said) == 2
+    assert all(answer["error"].startswith("/a.mp4: decoding it takes more memory") for answer in said)
+
+
+def test_an_answer_that_is_not_read_does_not_answer_the_next_request(toy, loader, monkeypatch):
+    loader(toy)
+    worker = loader.workers[0].process
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(torch, "empty", mock.Mock(side_effect=RuntimeError("no memory")))
+        loader(toy)
+    assert loader.workers[0].process is None and worker.returncode is not None
+    assert same(loader(toy, start=8.0), load(toy, start=8.0))
 
 
 def test_equal_keys_are_equal_frames(toy, loader, tmp_path):

@@ -30,6 +30,17 @@ def test_unreadable_video_is_replaced_and_named():
         stream.pick([1, 2, 3], 0, 0, make)
 
 
+def test_what_is_no_video_error_is_not_replaced():
+    made = []
+    with pytest.raises(RuntimeError, match="a mistake in the code"):
+        stream.pick([1, 2, 3], 0, 0, lambda item: made.append(item) or fail("a mistake in the code"))
+    assert len(made) == 1
+
+
+def fail(message):
+    raise RuntimeError(message)
+
+
 def test_any_number_of_threads_picks_the_same():
     running, most = [], []
 
@@ -56,3 +67,12 @@ def test_prefetched_makes_each_item_once_in_order():
         assert list(batches) == [(3, 9), (4, 16), (5, 25)] and made == [3, 4, 5]
     with stream.prefetched(made.append, range(3, 3), Loader()) as batches:
         assert list(batches) == [] and made == [3, 4, 5]
+
+
+def test_prefetched_fails_where_making_failed_and_stops_the_loader():
+    load, used = Loader(), []
+    with pytest.raises(RuntimeError, match="the second"), \
+            stream.prefetched(lambda item: item == "b" and fail("the second"), "abc", load) as made:
+        for item, _ in made:
+            used.append(item)
+    assert used == ["a"] and load.stopped

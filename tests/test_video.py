@@ -124,6 +124,16 @@ def test_grey_has_the_same_shape_and_shows_nothing():
     assert clip.grey().frames.unique().tolist() == [128] and clip.grey().frames.dtype == torch.uint8
 
 
+def test_a_key_says_what_the_frames_show(tmp_path):
+    path = write(tmp_path / "a.mp4", constant(4, 16))
+    key = load(path, 3.0, end=9.0, fps=1.0, total_pixels=10 ** 6, max_frames=8).key
+    assert key == (str(path), 3.0, 9.0, 1.0, 10 ** 6, MIN_PIXELS, 8)
+    clip = Clip(counted(20).frames, 2.0, key)
+    assert clip.cut(2.0, 4.4).key == (*key, 4, 10) and clip.cut(2.1, 4.2).key == clip.cut(2.0, 4.0).key
+    assert clip.grey().key == (*key, "grey") and clip.grey().cut(2.0, 4.0).key == (*key, "grey", 4, 8)
+    assert counted(20).key is counted(20).cut(2.0, 4.0).key is counted(20).grey().key is None
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])   # the AVI has no usable timestamps
 def test_constant_rate_is_sampled_exactly(tmp_path, name):
     path = write(tmp_path / name, constant(4, 16), clock=4)
