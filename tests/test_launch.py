@@ -132,7 +132,8 @@ def script(tmp_path, body):
                     f"@launch.one_run\ndef main(config):\n    {body}\nlaunch.command_line(Config, main, 'x')\n")
     return lambda **options: subprocess.Popen(
         [sys.executable, str(path)], cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parent.parent)}, **options)
 
 
