@@ -209,7 +209,8 @@ def stop_signals() -> Iterator[threading.Event]:
         asked.set()
 
     main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in STOPPING if main_thread and signal.getsignal(number) != signal.SIG_IGN]
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in STOPPING if main_thread and not (number == signal.SIGHUP and under_nohup)]
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield asked
