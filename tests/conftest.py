@@ -66,7 +66,7 @@ def torchrun(script: str, processes: int, config, log) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-def finish(started: list, seconds: float = 60) -> list[int]:
+def finish(started: list, seconds: float = 180) -> list[int]:
     """The exit codes of processes, which must end within `seconds`."""
     for process in started:
         process.join(seconds)

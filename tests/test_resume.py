@@ -173,7 +173,7 @@ def dies(rank):
 def test_a_rank_that_ends_ends_the_run(unbroken, tmp_path, change, code):
     began = time.monotonic()
     started = start("train", replace(unbroken[0], output=str(tmp_path / "run")), tmp_path / "log", 2, change)
-    assert finish(started) == [1, code] and time.monotonic() - began < 50
+    assert finish(started) == [1, code] and time.monotonic() - began < 120
     texts = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert "another process of the run" in texts[0].splitlines()[-1] and "Traceback" not in "".join(texts), texts[0]
     assert code != 2 or texts[1].splitlines()[-1].startswith("train.py: this one is to blame")

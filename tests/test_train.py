@@ -133,6 +133,19 @@ def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):
     assert all(row["flat"] == 1 and row["grad_norm"] == 0 for row in rows(tmp_path / "flat" / "metrics.jsonl"))
 
 
+def test_vd_verbs_is_the_limit_of_the_reward(folder, warm, tmp_path, monkeypatch):
+    limits = []
+
+    def reward(texts, samples, limit=0):
+        limits.append(limit)
+        return [rewards.Reward({"format": 0.0, "vd": 0.0}, {"verbs_said": 2}) for _ in texts]
+
+    monkeypatch.setitem(tasks.TASKS, "VD", replace(tasks.TASKS["VD"], reward=reward))
+    for number in (0, 3):
+        train.main(config(folder, tmp_path / f"{number}", tasks=["VD"], tvg_prob=0.0, steps=1, vd_verbs=number))
+    assert limits == [0, 3] and rows(tmp_path / "3" / "metrics.jsonl")[0]["verbs_said"] == 2
+
+
 def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path, capsys):
     files = tmp_path / "videos"
     files.mkdir()
