@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from support import attention
 from support.attention import Decoding, Packed
-from support.folders import ModelError, check_config, check_folder
+from support.folders import ModelError, brief, check_config, check_folder
 from support.video import Clip
 
 __all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder", "cut_patches", "load", "pack",
@@ -289,13 +289,6 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
         if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
             weight.data = weight.data.clone()
     return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
-
-
-def brief(error: Exception) -> str:
-    """An error's message in one line; its kind where the message alone, such as a key, says too little."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, (OSError, ValueError, RuntimeError)) and said else \
-        f"{type(error).__name__} {said}".strip()
 
 
 def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import Qwen2_5_VLConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -53,6 +54,13 @@ except Exception:
 
 class ModelError(ValueError):
     """A model folder that cannot be used; the message names the folder and the way out."""
+
+
+def brief(error: Exception) -> str:
+    """An error's message in one line; its kind where the message alone, such as a key, says too little."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, (OSError, ValueError, RuntimeError)) and said else \
+        f"{type(error).__name__} {said}".strip()
 
 
 def check_folder(folder: str) -> set[str]:
@@ -126,6 +134,10 @@ def check_config(folder: str) -> None:
             if kind not in list(ROPES):
                 raise wrong(f"asks for rotary positions of type {kind!r} ({key}), which transformers lacks; copy it "
                             "again")
+    try:
+        Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:          # it raises whatever its fields' types raise
+        raise wrong(f"cannot be used ({brief(error)}); copy it again") from error
 
 
 def check_weights(folder: str) -> set[str]:
@@ -202,4 +214,4 @@ def render(template: str) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         return "", f"it is not done in {SECONDS} s"
     except Exception as error:          # a template can raise anything
-        return "", " ".join(f"{error or type(error).__name__}".split())
+        return "", brief(error)

@@ -120,6 +120,8 @@ CONFIGS = [
     (config(vision_config__hidden_act=[1]), r"function \[1\]"),
     (config(text_config__rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}), "'spiral'"),
     (config(rope_scaling={"type": "spiral"}), "'spiral'"), (config(rope_scaling="spiral"), "'spiral'"),
+    (config(text_config__rope_parameters={"rope_type": "yarn"}), "config.json cannot be used.*factor"),
+    (config(text_config__rms_norm_eps="x"), "config.json cannot be used.*rms_norm_eps"),
     (config(rope_scaling={"type": ["mrope"]}), "type .'mrope'."),
     *((config(quantization_config={"quant_method": kind}), f"config.json says .* quantised .{kind}")
       for kind in ("awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors")),
@@ -173,7 +175,6 @@ def test_folders_that_cannot_be_used(folder, tmp_path, monkeypatch, harm, words)
 @pytest.mark.parametrize("harm, words", [
     (config(text_config__hidden_size=64), "weights are missing or have another shape"),
     (config(text_config__num_attention_heads=3), "num_heads"),
-    (config(text_config__rope_parameters={"rope_type": "yarn"}), "cannot be built"),
     (resave(lambda name, value: None if "layers.1.mlp" in name else value), "3 weights are missing.*layers.1.mlp"),
     (resave(lambda name, value: value[:9].clone() if "layers.1.mlp.up" in name else value),
      "1 weights.*layers.1.mlp.up"),
@@ -226,11 +227,10 @@ def test_tags_that_are_special_tokens(folder, tmp_path):
         token["special"] = True
     path.write_text(json.dumps(found))
     encoder = model.load(str(tmp_path / "model"))[1]
-    assert "<think>" in encoder.tokenizer.all_special_tokens or \
-        any(token.special for token in encoder.tokenizer.added_tokens_decoder.values() if token.content == "<think>")
+    assert all(token.special for token in encoder.tokenizer.added_tokens_decoder.values())
     said = "<think>a b</think> <answer>1 to 2</answer>"
     ids = torch.tensor([encoder.tokenizer(said + "<|im_end|>").input_ids])
-    assert encoder.decode(ids, torch.ones_like(ids)) == [said] and rewards.format_reward(said) == 1
+    assert encoder.decode(ids, torch.ones_like(ids)) == [said] and rewards.format_reward(said, timed=True) == 1
     for text in ("Think in <think> </think>.", "a <|video_pad|> in <think> </think>"):
         assert encoder.encode(text, CLIP).ids.tolist() == plain.encode(text, CLIP).ids.tolist()
 
