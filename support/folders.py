@@ -30,6 +30,7 @@ SECONDS, MEMORY, LETTERS = 10, 2 ** 30, 10 ** 6         # that rendering a templ
 TRIAL = f"""                    # what transformers renders with, as far as it matters for whether rendering ends
 import json, sys
 from datetime import datetime
+template, chat, sys.path[:] = json.load(sys.stdin)
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
@@ -41,7 +42,6 @@ environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lst
 def raise_exception(message):
     raise jinja2.TemplateError(message)
 environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-template, chat = json.load(sys.stdin)
 try:
     text = environment.from_string(template).render(messages=chat, add_generation_prompt=True)
     sys.exit("it writes millions of letters" if len(text) > {LETTERS} else 0)
@@ -63,17 +63,16 @@ def brief(error: Exception) -> str:
         f"{type(error).__name__} {said}".strip()
 
 
-def check_folder(folder: str) -> set[str]:
+def check_folder(folder: str) -> None:
     """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder with config.json, tokenizer, chat template and
-    whole weights. Returns the kinds of numbers that its weights are, such as "BF16"."""
+    whole weights."""
     check_config(folder)
     for path in Path(folder).iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model") and path.exists():
             check_file(path, TEXT_LIMIT)
-    kinds = check_weights(folder)
+    check_weights(folder)
     read_json(folder, "tokenizer.json", "copy the tokenizer*.json files again")
     check_template(folder, read_json(folder, "tokenizer_config.json", "copy the tokenizer*.json files again"))
-    return kinds
 
 
 def check_file(path: Path, limit: float = float("inf")) -> None:
@@ -140,10 +139,9 @@ def check_config(folder: str) -> None:
         raise wrong(f"cannot be used ({brief(error)}); copy it again") from error
 
 
-def check_weights(folder: str) -> set[str]:
-    """The kinds of numbers in the *.safetensors files, by their headers. Raises ModelError."""
-    index, kinds = Path(folder) / "model.safetensors.index.json", set()
-    names = {"model.safetensors"}
+def check_weights(folder: str) -> None:
+    """Raise ModelError unless the headers of the *.safetensors files tell of floating-point numbers."""
+    index, names, kinds = Path(folder) / "model.safetensors.index.json", {"model.safetensors"}, set()
     if index.exists():
         found = read_json(folder, index.name, "copy it again").get("weight_map")
         if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
@@ -166,7 +164,6 @@ def check_weights(folder: str) -> set[str]:
         kinds |= of_file
     if not kinds:
         raise ModelError(f"{folder}: its *.safetensors files hold no weights; copy them again")
-    return kinds
 
 
 def check_template(folder: str, tokenizer: dict) -> None:
@@ -206,7 +203,7 @@ def render(template: str) -> tuple[str, str]:
     """(a chat of one text and one video, what went wrong): one of the two is empty."""
     chat = [{"role": "user", "content": [{"type": "text", "text": QUERY}, {"type": "video"}]}]
     try:
-        tried = subprocess.run([sys.executable, "-I", "-c", TRIAL], input=json.dumps([template, chat]),
+        tried = subprocess.run([sys.executable, "-I", "-c", TRIAL], input=json.dumps([template, chat, sys.path]),
                                capture_output=True, text=True, timeout=SECONDS)
         if tried.returncode:
             return "", (tried.stderr.splitlines() or [f"it ended with {tried.returncode}"])[-1]

@@ -199,7 +199,7 @@ def test_folders_that_cannot_be_loaded(folder, tmp_path, harm, words):
 def test_folders_that_can_be_used(folder, tmp_path, change):
     shutil.copytree(folder / "model", tmp_path / "model")
     change(tmp_path / "model")
-    assert model.check_folder(str(tmp_path / "model")) <= {"F32", "BF16"}
+    model.check_folder(str(tmp_path / "model"))
     _, encoder = model.load(str(tmp_path / "model"))
     assert encoder.tokenizer.decode(encoder.encode("when?", CLIP).ids).count("<|video_pad|>") == 2
 
