@@ -106,7 +106,8 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
     todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
-        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
+                                     strict=True)
         load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                       total_pixels=config.total_pixels)
         if rank == 0 and not done:

@@ -57,7 +57,8 @@ def main(config: Config) -> list[dict]:
     clip = load(config.video)
     load.close()
     _, _, device = launch.start_process()
-    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
+                                     strict=True)
     texts = []
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)

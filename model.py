@@ -13,11 +13,11 @@ Departures from transformers: patches are cut here (20 lines) because the librar
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
 rounding does not move a patch.
 """
-import json
 import os
 import re
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from weakref import WeakValueDictionary
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +34,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from support import attention
 from support.attention import Decoding, Packed
+from support.folders import ModelError, brief, check_config, check_folder
 from support.video import Clip
+
+__all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder", "cut_patches", "load", "pack",
+           "place", "save", "see"]
 
 PATCH, MERGE = 14, 2            # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)     # of CLIP's training images,
@@ -42,12 +46,9 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)     # as 
 PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
 LOGITS_AT_ONCE = 2 ** 26        # scoring holds at most this many logits: 256 MB in fp32
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")     # some tokenizers have them as special tokens
 TEXT_MARK = "\ue000"    # of Unicode's private use
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-
-
-class ModelError(ValueError):
-    """A model folder that cannot be used; the message names the folder and the way out."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ class Encoder:
     # the latest prompt of each clip, by its key, while it is in use: the queries of one clip share their patches
     latest: WeakValueDictionary = field(default_factory=WeakValueDictionary, compare=False, repr=False)
 
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """Special tokens by id. The tags of the format are none, whatever the tokenizer says: instructions hold them,
+        and an answer without them earns nothing."""
+        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()
+                if token.special and token.content not in TAGS}
+
     @property
     def stop_ids(self) -> list[int]:
         return self.tokenizer.convert_tokens_to_ids(list(STOP_TOKENS))
@@ -123,7 +131,7 @@ class Encoder:
         render = lambda text, **options: self.tokenizer.apply_chat_template(
             [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "video"}]}],
             add_generation_prompt=True, **options)
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        special = sorted(self.special.values(), key=len, reverse=True)
         pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
         if len(pieces) == 1:
             return render(text, tokenize=True, return_dict=True)["input_ids"]
@@ -136,8 +144,9 @@ class Encoder:
 
     def decode(self, ids: Int[Tensor, "rows C"], mask: Int[Tensor, "rows C"]) -> list[str]:
         """Texts of completions; what the mask excludes and special tokens are left out."""
-        return self.tokenizer.batch_decode([row[keep.bool()] for row, keep in zip(ids.cpu(), mask.cpu())],
-                                           skip_special_tokens=True)
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu())]
+        return self.tokenizer.batch_decode([[i for i in row if i not in self.special] for row in rows],
+                                           skip_special_tokens=False)
 
 
 def embed_patches(embed: nn.Module, patches: Float[Tensor, "N 1176"]) -> Float[Tensor, "N H"]:
@@ -152,8 +161,10 @@ class Policy(nn.Module):
     ways, each of which FSDP has to know, since it gathers weights when one of them is called.
 
     Vision tokens have probability 0 in sampling and scoring: a policy that emits one breaks its next forward pass.
+    With `strict`, sampling ends with a ModelError at the first logits that are not finite; training counts them itself.
     """
     FORWARDS = ("watch", "logits", "logprobs")
+    strict = False
 
     def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
         super().__init__()
@@ -195,7 +206,11 @@ class Policy(nn.Module):
 
     def logits(self, *tokens, temperature: float = 1.0, **videos) -> Float[Tensor, "n V"]:
         """Logits of the token behind each of those that `hidden`, which gets the other arguments, returns."""
-        return self.head(self.hidden(*tokens, **videos), temperature)
+        logits = self.head(self.hidden(*tokens, **videos), temperature)
+        if self.strict and not logits.amax(-1).isfinite().all():
+            raise ModelError(f"{self.qwen.name_or_path}: the model's logits are not finite, so it has no answers; copy "
+                             "its *.safetensors files again, or give a model from before its training went wrong")
+        return logits
 
     def logprobs(self, *tokens, targets: Int[Tensor, " n"], temperature: float = 1.0,
                  **videos) -> Float[Tensor, " n"]:
@@ -239,67 +254,41 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     return [replace(p, video=features[key]) if p.video is None else p for key, p in zip(keys, prompts)]
 
 
-def check_config(folder: str) -> None:
-    """Raise ModelError unless `folder` has the config.json of a Qwen2.5-VL."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{folder}: not a model folder, its config.json cannot be read ({error}); "
-                         "give --model a folder with config.json, *.safetensors and tokenizer.json") from error
-    if kind != "qwen2_5_vl":
-        raise ModelError(f"{folder}: model_type is {kind!r}, not 'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
-    if not config.keys() & {"text_config", "hidden_size"}:      # else it would be built in the size of a 7B model
-        raise ModelError(f"{folder}: config.json does not tell the model's sizes; copy it again")
-
-
-def check_folder(folder: str) -> None:
-    """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder, with config.json, tokenizer and whole weights.
-    It takes milliseconds, so that a script can call it before anything slow."""
-    check_config(folder)
-    try:
-        index = Path(folder) / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
-        for name in names:
-            safe_open(Path(folder) / name, "pt").keys()             # reads the header, which must fit the file's size
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{folder}: its weights or its tokenizer cannot be read ({error}); copy the *.safetensors and "
-                         "tokenizer*.json files again") from error
-
-
-def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors.
+def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
+         ) -> tuple[Policy, Encoder]:
+    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors. `strict`: see Policy.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
     check_folder(folder)
-    try:        # what a tokenizer.json of another form raises is an Exception, no less
+    # Of tokenizers and models in another form than they expect, transformers and torch raise any Exception.
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be read ({error}); copy the tokenizer*.json files again") \
-            from error
+        raise ModelError(f"{folder}: its tokenizer cannot be read ({brief(error)}); copy the tokenizer*.json files "
+                         "again") from error
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
         raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
-    if not tokenizer.chat_template:
-        raise ModelError(f"{folder}: the tokenizer has no chat template; copy chat_template.jinja, too")
     try:
         qwen, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=True)     # of a weight that is missing it only warns
-    except (SafetensorError, OSError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the model cannot be built ({error}); copy config.json and the *.safetensors files "
-                         "again") from error
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be built ({brief(error)}); copy config.json and the "
+                         "*.safetensors files again") from error
     lost = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lost:
         raise ModelError(f"{folder}: {len(lost)} weights are missing or have another shape than config.json says, such "
                          f"as {lost[0]}; copy config.json and the *.safetensors files again")
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
-    rate = qwen.config.vision_config.tokens_per_second
-    return Policy(qwen.to(device), forbidden), Encoder(tokenizer, rate, str(folder))
+    policy = Policy(qwen.to(device), forbidden)
+    policy.strict = strict
+    for weight in qwen.parameters():
+        if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
+            weight.data = weight.data.clone()
+    return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
 
 
 def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:

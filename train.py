@@ -8,7 +8,8 @@ completions of each, rewards them (Eq. 10, 11), normalises within the group (Eq.
 and the frozen reference, and takes one AdamW step on the loss (Eq. 4).
 
 Writes to --output: config.json, metrics.jsonl (a line a step), samples.jsonl (a completion of each prompt's group,
-with its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/.
+with its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/
+(docs/transformers.md: what other programs have to mind, such as transformers' own `generate`).
 
 With --resume the same command continues a run that was killed, and one that has done its --steps writes model/ again:
 `--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.

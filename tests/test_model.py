@@ -212,6 +212,10 @@ def test_a_folder_as_published(tied, tmp_path):
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhen? ä<|vision_start|>"
         + "<|video_pad|>" * 6 + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
     assert prompt.ids[0] == 151644 and (prompt.ids == 151656).sum() == 6
+    for token in SPECIAL:       # in a query they are text
+        ids = encoder.encode(f"When {token}?", Clip(frames, 2.0)).ids
+        assert torch.isin(ids, torch.arange(151643, 151657)).sum() == 13 and f"When {token}?<" in \
+            encoder.tokenizer.decode(ids)
     rollouts = grpo.rollout(policy, [prompt], 4, 6, encoder.stop_ids, [torch.Generator().manual_seed(0)])
     assert len(rollouts.completions.unique()) > 4
     assert not torch.isin(rollouts.completions, torch.tensor(policy.forbidden)).any()
