@@ -9,13 +9,15 @@
 
 Departures from the paper, and what it leaves open:
  1. A query may hold several verbs: vc asks for these and no other, vd for these at least. A query without a verb pays 0
-    in vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs; vc and ar do not. What counts as a verb of a
-    sentence is the tagger's word: a second verb that it takes for an adjective ("close, open") slips past vc.
+    in vc, ar and vd. As Eq. 7 is written, vd pays a list of many verbs, unless it is given a limit; vc and ar do not.
+    What counts as a verb of a sentence is the tagger's word: a second one that it takes for an adjective ("close,
+    open") slips past vc.
  2. spaCy finds no verb in 1.3 % of the Charades-STA queries ("a person is undressing.", "person open door."). In a
     sentence without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `verbs_of_doc`.
  3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `lemma`.
  4. A lone word ("closes") is read as a verb, while the tagger takes most for nouns. It answers ar, and vc too when the
-    query has one verb. Square brackets around a fill, "Person [closes] the door", are dropped.
+    query has one verb. Square brackets around a fill, "Person [closes] the door", and marks of emphasis around an
+    answer, "**closes**", are dropped.
  5. Only the one answer block is scored: with two, or none, vc, ar and vd are 0. Its first 2,000 characters are read.
  6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its own:
     the model has no word vectors and the paper names no others. They know more of grammar than of meaning.
@@ -28,7 +30,7 @@ import math
 import re
 import string
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,17 +38,28 @@ LIMIT = 2000      # characters of a text that are read for verbs: a query has 30
 CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
 # A word of a verbless sentence is its verb from these log-odds on: "person open door" has -4.4, "a dress" -9.2
 LIKELY = -7.5
+# In "There are" and "There's" the tagger calls them verbs, and its lemmatizer "are" and "'"
+BE = frozenset("be am is are was were been being 's ’s 're ’re 'm ’m".split())
 INFLECTED = 4.0   # log-odds in favour of a word that looks inflected: in "the square spins" it is not "square"
 # ASCII digits, no sign, no exponent, an optional unit; nothing in it is ambiguous, so matching is linear in the text
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:s|sec|seconds?))?"
 TEMPLATE = re.compile(rf"\s*{NUMBER}\s+to\s+{NUMBER}\.?\s*")
-SPAN = re.compile(rf"(?<![\w.:-]){NUMBER}\s+(?:to|and)\s+{NUMBER}(?!\w|[.:][0-9])")
+SPAN = re.compile(rf"(?<![\w.:/–-])(?<![0-9],){NUMBER}\s+(?:to|and)\s+([0-9]+(?:\.[0-9]+)?)( ?(?:s|sec|seconds?))?"
+                  r"(?!\w|[.:,][0-9]|[/–-]\w)")
+# A span without "s" is in seconds unless it counts something else: any word behind it in its line, but for these, says
+# what ("1 to 2 minutes", "2 to 3 steps"), or a percent sign, or a unit before it ("frames 24 to 48", "1 min 30 to 45")
+BEHIND = ("about after ahead and approximately around as at based because before but by during for from he i if in into"
+          " it on or roughly s sec secs second seconds she since so that the then there they this though thus until we"
+          " when where which while with within").replace(" ", "|")
+COUNTED = re.compile(rf"\s*[%‰]|[*_ \t(\[]+(?!(?i:{BEHIND})\b)[^\W\d_]")
+COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9][mh])(?:,|\s+and)?\s+$")
 
 
 @dataclass(frozen=True)
 class Reward:
     """The named parts of a reward, each in [0, 1]: "format" and one of "iou", "vc", "ar", "vd"."""
     parts: dict[str, float]
+    said: dict[str, float] = field(default_factory=dict, compare=False)     # for the log; pays nothing
 
     @property
     def total(self) -> float:
@@ -99,11 +112,12 @@ class Verb(NamedTuple):
 
 
 def verbs_of_doc(doc) -> tuple[Verb, ...]:
-    """The verbs of a tagged spaCy Doc. Auxiliaries and "be" are none.
+    """The verbs of a tagged spaCy Doc. Auxiliaries, forms of "be" and tokens without a letter are none.
 
     Departure 2: if the tagger finds no verb, the noun, adjective or adverb that it came closest to calling a verb is
     one, if it can be a verb at all and the tagger's log-odds (best verb tag against best tag) are not below LIKELY."""
-    found = [(token, lemma(token)) for token in doc if token.pos_ == "VERB" and lemma(token) != "be"]
+    found = [(token, lemma(token)) for token in doc if token.pos_ == "VERB" and token.lower_ not in BE
+             and any(map(str.isalpha, token.text))]     # the tagger takes the second * of "is **smiling**" for a verb
     open_class = [token for token in doc if token.pos_ in ("NOUN", "PROPN", "ADJ", "ADV")]
     if open_class and not found:
         tagger = spacy_model().get_pipe("tagger")
@@ -164,11 +178,12 @@ def similarity(a: str, b: str) -> float:
 
 
 def answer(completion: str) -> str | None:
-    """The text of the only answer block, without square brackets and outer white space; None if there is not one."""
+    """The text of the only answer block, without square brackets, and white space and marks of emphasis (*, _, `)
+    around it; None if there is not one."""
     if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
     text, closed, _ = completion.partition("<answer>")[2].partition("</answer>")
-    return re.sub(r"[\[\]]", "", text).strip() if closed else None
+    return re.sub(r"[\[\]]", "", text).strip(string.whitespace + "*_`") if closed else None
 
 
 def format_reward(completion: str, timed: bool) -> float:
@@ -184,12 +199,15 @@ def format_reward(completion: str, timed: bool) -> float:
 
 def segment(completion: str) -> tuple[float, float] | None:
     """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if it has not exactly one;
-    None if there is none. Numbers with a sign, an exponent or a colon are not read."""
+    None if there is none. Not read: numbers with a sign, an exponent, a colon or a decimal comma, and those of another
+    unit. support/answers.py reads more, for answers that others' models gave."""
     text = answer(completion)
-    found = None
-    for found in SPAN.finditer(completion if text is None else text):
-        pass
-    return (float(found[1]), float(found[2])) if found else None
+    text, found = completion if text is None else text, None
+    for span in SPAN.finditer(text):
+        other = not span[3] and COUNTED.match(text, span.end())
+        if not other and not COUNTING.search(text[max(0, span.start() - 20):span.start()]):
+            found = float(span[1]), float(span[2])
+    return found
 
 
 def iou(pred: tuple[float, float] | None, true: tuple[float, float]) -> float:
@@ -244,13 +262,16 @@ def ar(completions: list[str], samples: list, by_cosine: bool = False) -> list[R
     return found
 
 
-def vd(completions: list[str], samples: list, by_cosine: bool = False) -> list[Reward]:
-    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean over these of the nearest said."""
+def vd(completions: list[str], samples: list, by_cosine: bool = False, limit: int = 0) -> list[Reward]:
+    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean over these of the nearest said. With `limit`,
+    which the paper does not have, a description of more different verbs pays 0. Their number is in `said`."""
     found = []
     described = verbs([answer(text) for text in completions])
     for text, said, gold in zip(completions, described, queries(samples), strict=True):
         score = cosine(gold, said) if by_cosine else float(bool(gold) and gold <= said)
-        found.append(Reward({"format": format_reward(text, timed=False), "vd": score}))
+        if 0 < limit < len(said):
+            score = 0.0
+        found.append(Reward({"format": format_reward(text, timed=False), "vd": score}, {"verbs_said": len(said)}))
     return found
 
 
