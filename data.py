@@ -143,7 +143,7 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
         raise AnnotationError(f"{path}: none of the formats known here{why}; give --annotations {KNOWN}")
 
     reader, form = FORMATS[name]
-    sentences, items, ids = 0, [], set()
+    sentences, items, ids, keys = 0, [], set(), set()
     for place, key, entry in entries:
         try:
             if isinstance(entry, Object) and len(entry.pairs) > len(entry):
@@ -153,15 +153,18 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
             why = f"{error}; " if isinstance(error, Malformed) else ""
             found = [Rejected(path + place, "malformed", f"{why}expected {form}")]
         sentences += 1 if name == "QVHighlights" else len(found)    # there, one sentence may have several windows
+        again = key in keys                     # a video of ActivityNet: the second one's ids would be the first one's
+        keys.add(key)
         for item in found:
-            if isinstance(item, Sample) and item.id in ids:
-                item = Rejected(path + place, "twice", f"there is one of the id {item.id!r} before it")
+            known = again or getattr(getattr(item, "sample", item), "id", None) in ids
+            if isinstance(item, Sample) and known:
+                item = Rejected(path + place, "twice", f"{(key if again else item.id)!r} stands before it")
+            elif isinstance(item, Rejected) and known:
+                item = replace(item, sample=None)
             elif isinstance(item, Sample) and leaves(item.video) and not allow_outside:
                 item = Rejected(path + place, "its path leaves the folder of the videos", f"{item.video!r}; "
                                 "--allow_outside takes that file, or of its name the one in the folder")
-            if isinstance(item, Rejected) and item.sample and item.sample.id in ids:
-                item = replace(item, sample=None)
-            ids.add(getattr(getattr(item, "sample", item), "id", None))
+            ids.update(made.id for made in [getattr(item, "sample", item)] if made)
             items.append(item)
     return name, sentences, items
 
