@@ -52,7 +52,7 @@ BEHIND = ("about after ahead and approximately around as at based because before
           " it on or roughly s sec secs second seconds she since so that the then there they this though thus until we"
           " when where which while with within").replace(" ", "|")
 COUNTED = re.compile(rf"\s*[%‰]|[*_ \t(\[]+(?!(?i:{BEHIND})\b)[^\W\d_]")
-COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9][mh])(?:,|\s+and)?\s+$")
+COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9] ?[mh])(?:[,:)]|\s+and)?\s+$")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import grpo
 import model
 import rewards
 import tasks
-from support import plot, video
+from support import answers, plot, video
 from support.decoding import draw_token
 
 settings.register_profile("house", max_examples=50, deadline=None, derandomize=True, database=None,
@@ -64,6 +64,17 @@ def test_a_span_is_two_numbers_or_none(text):
     span = rewards.segment(text)
     assert span is None or len(span) == 2 and all(value >= 0 for value in span)     # maybe inverted or infinite: IoU 0
     assert 0 <= rewards.iou(span, (0.0, 1.0)) <= 1
+
+
+TIMES = ["1:05", "3,5", "7.25", "2 min", "1 h 5 s", "12", "[", "]", " - ", " to ", ", ", " and ", '"start": ', ' "end": ',
+         "%", " frames", "\n", "**", "<answer>", "\u2192", "~", "(", "starts at ", " ends at ", "-", ":", "9" * 400]
+
+
+@given(st.text(st.characters(codec=None), max_size=40) | st.lists(st.sampled_from(TIMES), max_size=9).map("".join))
+@example("9" * 400 + " - 3")
+def test_the_lenient_reader_gives_two_numbers_or_none(text):
+    span = answers.lenient(text)
+    assert span is None or len(span) == 2 and all(value >= 0 for value in span)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["", "s", " sec", " seconds"]),
