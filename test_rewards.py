@@ -187,8 +187,8 @@ def test_segment(completion, expected):
     "5 to 10 hours", "5 to 10 o'clock", "10 to 20% of the video", "10 to 20 % of it", "10 to 20 percent", "1 to 2 分钟",
     "24 to 48 frames", "frames 24 to 48", "Frame 24 and 48", "2 to 3 steps", "2 to 3 people", "2 and 8 other dogs",
     "3,5 to 7,2", "12,5s to 17,8s", "3 to 7,2", "3,5 to 7", "1 to 10,000", "2 to 3 steps between 5.0s - 10.0s",
-    "1 min 30 to 45", "2 minutes and 5 to 10 seconds", "1 m 5 to 10", "minutes 1 to 2", "Minutes: 1 to 2", "2.5 to 3.5 minutes",
-    "1/2 to 3", "1-2 to 3", "1 to 2/3", "1 to 2-3", "1 to 2–3", "1–2 to 3"])
+    "1 min 30 to 45", "2 minutes and 5 to 10 seconds", "1 m 5 to 10", "minutes 1 to 2", "Minutes: 1 to 2",
+    "2.5 to 3.5 minutes", "1/2 to 3", "1-2 to 3", "1 to 2/3", "1 to 2-3", "1 to 2–3", "1–2 to 3"])
 def test_numbers_of_another_unit_are_no_seconds(text):
     assert segment(said(text)) is segment(f"It is {text}") is None
     assert one(tvg, said(text), sample(start=1, end=2)).parts == {"format": 0, "iou": 0}

@@ -66,8 +66,9 @@ def test_a_span_is_two_numbers_or_none(text):
     assert 0 <= rewards.iou(span, (0.0, 1.0)) <= 1
 
 
-TIMES = ["1:05", "3,5", "7.25", "2 min", "1 h 5 s", "12", "[", "]", " - ", " to ", ", ", " and ", '"start": ', ' "end": ',
-         "%", " frames", "\n", "**", "<answer>", "\u2192", "~", "(", "starts at ", " ends at ", "-", ":", "9" * 400]
+TIMES = ["1:05", "3,5", "7.25", "2 min", "1 h 5 s", "12", "[", "]", " - ", " to ", ", ", " and ", '"start": ',
+         ' "end": ', "%", " frames", "\n", "**", "<answer>", "\u2192", "~", "(", "starts at ", " ends at ",
+         "-", ":", "9" * 400]
 
 
 @given(st.text(st.characters(codec=None), max_size=40) | st.lists(st.sampled_from(TIMES), max_size=9).map("".join))
