@@ -23,10 +23,13 @@ in the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole v
 linter calls a file that is too short for its part undecodable.
 
 A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
-its reason, never silently dropped. A video is looked for in its folder and the subfolders: by id with any usual
-extension, by the annotated path, and by ever shorter ends of that path, down to the bare name. An annotation file may
-be anybody's: a path that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the
-file it names is taken if there is one, else the bare name is looked for in the folder. Links in it are followed.
+its reason, never silently dropped; of what stands twice, the second. Evaluation still counts the queries among these,
+with IoU 0, since published scores do: TVGBench has 800, of which 11 have no length.
+
+A video is looked for in its folder and the subfolders: by id with any usual extension, by the annotated path, and by
+ever shorter ends of that path, down to the bare name. An annotation file may be anybody's: a path that leaves the
+folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the file it names is taken if there is
+one, else the bare name is looked for in the folder. Links in it are followed.
 
     python data.py train.txt                     the linter: one json object of counts; a summary on standard error
     python data.py train.txt --videos videos/    also looks up and decodes every video
@@ -40,9 +43,11 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from tqdm import tqdm
+
+from support.answers import read_text
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
 OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
@@ -64,6 +69,7 @@ class Sample:
     video_start: float | None = None    # seconds: the part of the file to decode; None for the whole file
     video_end: float | None = None
     clipped: bool = False               # `end` was up to 5 s after the end of the video
+    qid: str | None = None              # of QVHighlights: samples of one qid are windows of one query
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Rejected:
     place: str      # file:line, or file: key
     reason: str     # one of a few, to be counted
     detail: str     # what was found, or expected
+    sample: Sample | None = None    # the query, if only its segment is unusable: evaluation counts it, with IoU 0
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason} ({self.detail})"
@@ -90,7 +97,8 @@ def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[li
                               f"{rejected[0]}; mend it, or give --annotations {KNOWN}")
     if videos is not None:
         find = finder(videos, allow_outside)
-        samples = [replace(sample, video=find(sample.video)) for sample in samples]
+        locate = lambda sample: sample and replace(sample, video=find(sample.video))
+        samples, rejected = list(map(locate, samples)), [replace(item, sample=locate(item.sample)) for item in rejected]
         if not any(os.path.exists(sample.video) for sample in samples):     # the first one is, as a rule
             raise AnnotationError(f"{videos}: has none of the videos of {path}, such as {samples[0].video!r}; give "
                                   "--videos the folder of the videos")
@@ -113,23 +121,18 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
     Raises AnnotationError when the file cannot be read, or has none of the formats.
     """
     try:
-        raw = Path(path).read_bytes()
-        for start, kind in ((b"\x1f\x8b", "is compressed; gunzip it"), (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
-                            (b"\xfe\xff", "is UTF-16; save it as UTF-8")):
-            if raw.startswith(start):
-                raise ValueError(kind)
-        content = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")      # old Mac line ends, too
+        content = read_text(path)
     except (OSError, ValueError) as error:
         raise AnnotationError(f"{path}: cannot be read ({error}); give --annotations {KNOWN}") from error
-    # not splitlines(): there may be unusual line separators inside a sentence
-    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    # not splitlines(): there may be unusual line separators inside a sentence. A lone \r is an old Mac's line end
+    lines = [(number, line.strip()) for number, line in enumerate(re.split(r"\r*\n|\r", content), 1) if line.strip()]
     any_has = lambda items, key: any(isinstance(item, dict) and key in item for item in items)
     name, whole = None, load_json(content) if content.lstrip().startswith(("{", "[")) else None
     if isinstance(whole, list):
         name = "TimeRFT" if any_has(whole, "timestamp") else "TVGBench" if any_has(whole, "answer") else None
         entries = [(f": [{index}]", index, item) for index, item in enumerate(whole)]
     elif isinstance(whole, dict) and any_has(whole.values(), "timestamps"):
-        name, entries = "ActivityNet Captions", [(f": {video!r}", video, item) for video, item in whole.items()]
+        name, entries = "ActivityNet Captions", [(f": {video!r}", video, item) for video, item in whole.pairs]
     elif whole is not None:
         entries = [(f":{number}", number, load_json(line)) for number, line in lines]
         name = "QVHighlights" if any_has((item for *_, item in entries), "query") else None
@@ -140,22 +143,41 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
         raise AnnotationError(f"{path}: none of the formats known here{why}; give --annotations {KNOWN}")
 
     reader, form = FORMATS[name]
-    sentences, items, ids = 0, [], set()
+    sentences, items, ids, keys = 0, [], set(), set()
     for place, key, entry in entries:
         try:
+            if isinstance(entry, Object) and len(entry.pairs) > len(entry):
+                raise Malformed(f"{Counter(key for key, _ in entry.pairs).most_common(1)[0][0][:40]!r} stands twice")
             found = reader(path + place, key, entry) or [Rejected(path + place, "no windows", "as in a test set")]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            found = [Rejected(path + place, "malformed", f"expected {form}")]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"{error}; " if isinstance(error, Malformed) else ""
+            found = [Rejected(path + place, "malformed", f"{why}expected {form}")]
         sentences += 1 if name == "QVHighlights" else len(found)    # there, one sentence may have several windows
+        again = key in keys                     # a video of ActivityNet: the second one's ids would be the first one's
+        keys.add(key)
         for item in found:
-            if isinstance(item, Sample) and item.id in ids:
-                item = Rejected(path + place, "twice", f"there is a sample {item.id!r} before it")
+            known = again or getattr(getattr(item, "sample", item), "id", None) in ids
+            if isinstance(item, Sample) and known:
+                item = Rejected(path + place, "twice", f"{(key if again else item.id)!r} stands before it")
+            elif isinstance(item, Rejected) and known:
+                item = replace(item, sample=None)
             elif isinstance(item, Sample) and leaves(item.video) and not allow_outside:
                 item = Rejected(path + place, "its path leaves the folder of the videos", f"{item.video!r}; "
                                 "--allow_outside takes that file, or of its name the one in the folder")
-            ids.add(getattr(item, "id", None))
+            ids.update(made.id for made in [getattr(item, "sample", item)] if made)
             items.append(item)
     return name, sentences, items
+
+
+class Object(dict):
+    """A json object with its pairs as written: json itself keeps the last of those with the same key, and no word."""
+    def __init__(self, pairs: list[tuple]):
+        super().__init__(pairs)
+        self.pairs = pairs
+
+
+class Malformed(ValueError):
+    """An entry that is malformed in a way that is worth telling."""
 
 
 def load_json(text: str):
@@ -167,7 +189,7 @@ def load_json(text: str):
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=Object)
     except (ValueError, RecursionError) as error:
         return error
 
@@ -187,7 +209,7 @@ def qvhighlights(place: str, _, item: dict) -> list[Sample | Rejected]:
     qid, query, vid, duration = item["qid"], item["query"], item["vid"], seconds(item["duration"])
     if type(qid) not in (str, int):     # a bool is an int, too
         raise TypeError
-    return [make_sample(place, f"{qid}:{k}", vid, query, window, duration)
+    return [make_sample(place, f"{qid}:{k}", vid, query, window, duration, qid=str(qid))
             for k, window in enumerate(item.get("relevant_windows") or [])]
 
 
@@ -213,8 +235,8 @@ FORMATS = {     # name: (what reads an entry, which raises or rejects what has n
 KNOWN = f"a file of one of the formats {', '.join(FORMATS)}"
 
 
-def make_sample(place: str, id: str, video, query, segment, duration, video_start=None,
-                video_end=None) -> Sample | Rejected:
+def make_sample(place: str, id: str, video, query, segment, duration, video_start=None, video_end=None,
+                qid: str | None = None) -> Sample | Rejected:
     """A Sample of values that may be of any type, or why they are none."""
     try:
         id, name, query = text(id), text(video), " ".join(text(query).split())
@@ -224,23 +246,27 @@ def make_sample(place: str, id: str, video, query, segment, duration, video_star
             duration = video_end - video_start
         if not PurePosixPath(name).name or (video_start or 0) < 0 or (duration is not None and duration <= 0):
             raise ValueError
-    except (AttributeError, TypeError, ValueError):
-        return Rejected(place, "malformed", "expected texts as video and sentence, and finite numbers of seconds, from "
-                        "0 on, as start and end of the segment, duration, and part of the video")
+    except (AttributeError, TypeError, ValueError) as error:
+        why = f"{error}; " if isinstance(error, Malformed) else ""
+        return Rejected(place, "malformed", f"{why}expected texts as video and sentence, and finite numbers of seconds,"
+                        " from 0 on, as start and end of the segment, duration, and part of the video")
     detail = f"from {start:g} to {end:g} s" + (f" of {duration:g} s" if duration else "")
     over = round(end - duration, 6) if duration else 0.0     # 105.1 - 100.1 is not quite 5
+    sample = Sample(id, name, query, start, end, duration, video_start, video_end, over > NOISE, qid)
     if not query:
         return Rejected(place, "no sentence", "it is empty")
     if end <= start:
-        return Rejected(place, "ends no later than it starts", detail)
+        return Rejected(place, "ends no later than it starts", detail, sample)
     if over > OVERSHOOT:
-        return Rejected(place, f"ends more than {OVERSHOOT:g} s after the video", detail)
+        return Rejected(place, f"ends more than {OVERSHOOT:g} s after the video", detail, sample)
     if start < 0 or (duration and start >= duration):
-        return Rejected(place, "starts outside the video", detail)
-    return Sample(id, name, query, start, min(end, duration or end), duration, video_start, video_end, over > NOISE)
+        return Rejected(place, "starts outside the video", detail, sample)
+    return replace(sample, end=min(end, duration or end))
 
 
 def seconds(value) -> float:
+    if isinstance(value, str):
+        raise Malformed(f"{value[:20]!r} is text, where a number is needed")
     if type(value) not in (int, float) or not abs(value) < 1e9:     # no bool, no NaN
         raise ValueError
     return float(value)

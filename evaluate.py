@@ -8,10 +8,12 @@
     python evaluate.py --predictions FILE --annotations test.txt        scores answers, whoever gave them; no model
 
 R1@m is the share of queries whose answer has IoU >= m (R1>m: IoU > m, as Time-R1 counts), mIoU the mean IoU. An answer
-that cannot be parsed and a video that cannot be read count with IoU 0, and are counted. "..._95" is a 95 % interval. Of
-a query with several windows (QVHighlights) each is a sample; best_window_... has one value a query, that of its best
-window. right_event and same_answer tell whether answers follow the query: see support/scores.py. VC, AR and VD are
-judged by the rewards of training (Eq. 5-7).
+that cannot be parsed and a video that cannot be read count with IoU 0, and are counted; so do queries whose annotated
+segment is unusable, "rejected_as_0" (11 of TVGBench's 800 have no length), but not with --steps or --swap_queries.
+"..._95" is a 95 % interval; "intervals" says when videos are too few for it. Of a query with several windows
+(QVHighlights) each is a sample; best_window_... has one value a qid, that of its best window. right_event and
+same_answer tell whether answers follow the query: see support/scores.py. VC, AR and VD are judged by the rewards of
+training (Eq. 5-7).
 
 Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to
 --output. Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again,
@@ -22,10 +24,11 @@ thrown away.
 A line of a --predictions file tells the query and the answer, or an "error" (failed, IoU 0); predictions.jsonl is one:
     {"id": "AO8RW:1", "start": 0.4, "end": 6.5}     an id as data.py gives it, or "qid": 9769 of QVHighlights
     {"video": "AO8RW", "query": "a person is putting a book on a shelf.", "completion": "<answer>0.4 to 6.5</answer>"}
+A completion that the reward of training could not read may have other forms, such as "00:12 - 00:17", which
+support/answers.py lists; "lenient" counts the answers that needed it.
 """
 import json
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, replace
@@ -42,7 +45,7 @@ import grpo
 import model
 import rewards
 import tasks
-from support import checkpoint, launch, scores, stream
+from support import answers, checkpoint, launch, scores, stream
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS, Clip, VideoError
@@ -74,17 +77,22 @@ class Config:
 
 
 @launch.one_run
-def main(config: Config) -> dict[str, float | list[float]]:
+def main(config: Config) -> dict[str, float | list[float] | str]:
     """Evaluate and return the scores, which are also in scores.json."""
     check_flags(config)
     samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
+    some = bool(config.steps or config.swap_queries or "TVG" not in config.tasks)       # of the queries, so not these
+    lost = [item.sample for item in rejected if item.sample and not some]
     if config.predictions:
-        found = score_predictions(config.predictions, samples)
+        rows, more = score_predictions(config.predictions, samples, lost)
     elif config.fixed_answer:
-        found = score_fixed_answer(data.read(config.fixed_answer, None)[0], samples)
+        rows, more = score_fixed_answer(data.read(config.fixed_answer, None)[0], samples)
     else:
-        found = summarise(predict(config, swap_queries(samples) if config.swap_queries else samples))
-    found["rejected"] = len(rejected)
+        rows, more = predict(config, swap_queries(samples) if config.swap_queries else samples), {}
+    found = {**summarise(rows, lost, {sample.id: sample.qid for sample in samples}), **more,
+             "rejected": len(rejected), "rejected_as_0": len(lost)}
+    if config.predictions:
+        del found["unreadable"]         # which is there "missing" and "failed"
     if config.output and os.environ.get("RANK", "0") == "0":
         launch.write_config(config, config.output)
         launch.write_whole(Path(config.output) / "scores.json", json.dumps(found, indent=2) + "\n")
@@ -120,10 +128,10 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
         unfinished = output / f"predictions.rank{rank}.jsonl"
         with stream.prefetched(make, mine, load) as batches, open(unfinished, "a") as part:
             for batch, prompts in tqdm(batches, "evaluate", total=len(mine), disable=rank > 0, dynamic_ncols=True):
-                answers = answer_batch(config, policy, encoder, batch, prompts)
-                part.write("\n" + "".join(json.dumps(row) + "\n" for row in answers))     # ends a torn line before it
+                answered = answer_batch(config, policy, encoder, batch, prompts)
+                part.write("\n" + "".join(json.dumps(row) + "\n" for row in answered))    # ends a torn line before it
                 part.flush()
-                new += answers
+                new += answered
     rows.update((key(row), row) for row in launch.gather(new))
     rows = [rows[name] for name in chosen]
     if rank == 0:
@@ -241,58 +249,18 @@ def answer_batch(config: Config, policy: model.Policy, encoder: model.Encoder, b
     return rows
 
 
-def read_predictions(path: str) -> list[dict]:
-    """The TVG rows of a JSON-lines file, with start and end in seconds, or None where there is no answer.
-
-    Raises ValueError, which names the file and the line, for what is no prediction."""
+def score_predictions(path: str, samples: list[data.Sample], lost: list[data.Sample]) -> tuple[list[dict], dict]:
+    """(rows of the samples, counts) of a file of anybody's TVG answers; `lost` are queries that may be in it, too."""
+    found, counts = answers.match(answers.read(path, rewards.segment), samples + lost)
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        try:
-            row = json.loads(line) if line.strip() else {"task": "none"}
-            if row.get("task", "TVG") != "TVG":
-                continue
-            if not (row.keys() & {"id", "qid"} or {"video", "query"} <= row.keys()):
-                raise ValueError("neither id, nor qid, nor video and query")
-            if not (row.keys() & {"completion", "error"} or {"start", "end"} <= row.keys()):
-                raise ValueError("neither start and end, nor completion, nor error")
-            span = row.get("start"), row.get("end")
-            span = rewards.segment(row.get("completion") or "") if None in span else tuple(map(float, span))
-            start, end = span if span and np.isfinite(span).all() and not row.get("error") else (None, None)
-            rows.append({**row, "start": start, "end": end})
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: no prediction ({error}); mend or remove the line") from error
-    return rows
-
-
-def score_predictions(path: str, samples: list[data.Sample]) -> dict[str, float | list[float]]:
-    """Scores of a file of anybody's TVG answers. A row belongs to the sample with its id, else to the windows of its
-    qid, else to those with its video (folder and extension do not matter) and query (white space and case do not)."""
-    plain = lambda query: " ".join(str(query).split()).casefold()
-    bare = lambda path: re.sub(r"\.[A-Za-z]\w{1,3}$", "", Path(str(path)).name)      # but x_510.0 stays as it is
-    index = {}
-    for sample in samples:
-        for key in {sample.id, sample.id.rpartition(":")[0], (bare(sample.video), plain(sample.query))}:
-            index.setdefault(key, []).append(sample)
-
-    found, counts, rows = {}, {"missing": 0, "unmatched": 0, "duplicates": 0}, []
-    for row in read_predictions(path):
-        keys = [str(row[key]) for key in ("id", "qid") if key in row]
-        keys += [(bare(row["video"]), plain(row["query"]))] if {"video", "query"} <= row.keys() else []
-        said = {plain(row["query"])} if "query" in row else set()
-        # an id that stands for several queries, or for another query than the row says, tells nothing
-        of = next((index[key] for key in keys if key in index and
-                   len({plain(sample.query) for sample in index[key]} | said) == 1), [])
-        counts["unmatched"] += not of
-        counts["duplicates"] += any(sample.id in found for sample in of)            # the last one counts
-        found.update((sample.id, row) for sample in of)
-    counts["missing"] = len(samples) - len(found)
     for sample in samples:
         row, truth = found.get(sample.id, {"start": None, "end": None, "error": "missing"}), (sample.start, sample.end)
         rows.append({**row, "id": sample.id, "task": "TVG", "video": sample.video, "query": sample.query,
                      "truth": truth, "iou": iou_of(row, truth)})
-    found = summarise(rows)
-    counts["failed"] = found.pop("unreadable") - counts["missing"]
-    return {**found, **counts}
+    counts["missing"] = sum(sample.id not in found for sample in samples)
+    counts["failed"] = sum(bool(row.get("error")) for row in rows) - counts["missing"]
+    counts["lenient"] = sum(bool(row.get("lenient")) for row in rows)
+    return rows, counts
 
 
 def swap_queries(samples: list[data.Sample]) -> list[data.Sample]:
@@ -312,9 +280,9 @@ def swap_queries(samples: list[data.Sample]) -> list[data.Sample]:
     return swapped
 
 
-def score_fixed_answer(learn: list[data.Sample], samples: list[data.Sample]) -> dict[str, float | list[float]]:
-    """Scores of one answer for all queries, the best for `learn`: in seconds, or in shares of the video's duration
-    where all durations are known and that does better there. So much is reached without video and query."""
+def score_fixed_answer(learn: list[data.Sample], samples: list[data.Sample]) -> tuple[list[dict], dict]:
+    """(rows, the answer) of one answer for all queries, the best for `learn`: in seconds, or in shares of the video's
+    duration where all durations are known and that does better there. So much is reached without video and query."""
     span = lambda sample: np.array((sample.start, sample.end))
     truths, scale = np.stack([span(sample) for sample in learn]), [1.0] * len(samples)
     fixed = scores.best_fixed_span(truths)
@@ -328,7 +296,7 @@ def score_fixed_answer(learn: list[data.Sample], samples: list[data.Sample]) -> 
         row = {"task": "TVG", "id": sample.id, "video": sample.video, "query": sample.query,
                "start": fixed[0] * seconds, "end": fixed[1] * seconds, "truth": (sample.start, sample.end)}
         rows.append({**row, "iou": iou_of(row, row["truth"])})
-    return {**summarise(rows), "fixed_answer": list(fixed)}
+    return rows, {"fixed_answer": list(fixed)}
 
 
 def iou_of(row: dict, truth: tuple[float, float]) -> float:
@@ -336,22 +304,28 @@ def iou_of(row: dict, truth: tuple[float, float]) -> float:
     return 0.0 if row["start"] is None else rewards.iou((row["start"], row["end"]), truth)
 
 
-def summarise(rows: list[dict]) -> dict[str, float | list[float]]:
-    """Prediction rows -> mIoU and R1 with intervals, VC, AR, VD accuracy, and counts of what went wrong."""
+def summarise(rows: list[dict], lost: list[data.Sample] = (), qids: dict[str, str | None] = {}) \
+        -> dict[str, float | list[float] | str]:
+    """Prediction rows -> mIoU and R1 with intervals, VC, AR, VD accuracy, and counts of what went wrong. `lost` queries
+    count with IoU 0; the rows whose ids have the same of `qids` are windows of one query."""
     found, windows = {}, {}
     tvg = [row for row in rows if row["task"] == "TVG"]
     if tvg:
-        videos = [row.get("video") for row in tvg]
-        found.update({"queries": len(tvg), **scores.measure([row["iou"] for row in tvg], videos)})
+        ious, videos = [row["iou"] for row in tvg], [row.get("video") for row in tvg]
+        found["queries"] = len(tvg) + len(lost)
+        found.update(scores.measure(ious + [0.0] * len(lost), videos + [sample.video for sample in lost]))
         found["unparsable"] = sum(row["start"] is None and not row.get("error") for row in tvg)
-        for row in tvg:
-            windows.setdefault((row.get("video"), row.get("query")), []).append(row)
     if tvg and all({"truth", "id", "video"} <= row.keys() for row in tvg):
         found.update(scores.grounding(tvg))
-    if all("truth" in row for row in tvg) and len(windows) < len(tvg):  # one answer a query: that to its first window
+    for row in tvg:
+        if "truth" in row and (qid := qids.get(row["id"])):
+            windows.setdefault(qid, []).append(row)
+    if any(len(of) > 1 for of in windows.values()):         # one answer a query: that to its first window
         best = [max(iou_of(of[0], row["truth"]) for row in of) for of in windows.values()]
-        found["best_window_queries"] = len(best)
-        measured = scores.measure(best, [path for path, _ in windows])
+        none = {sample.qid: sample.video for sample in lost if sample.qid not in windows}
+        found["best_window_queries"] = len(best) + len(none)
+        videos = [of[0]["video"] for of in windows.values()] + [*none.values()]
+        measured = scores.measure(best + [0.0] * len(none), videos)
         found.update((f"best_window_{name}", value) for name, value in measured.items())
     for name in tasks.INVERSIONS:
         if right := [row[tasks.TASKS[name].part] for row in rows if row["task"] == name]:

@@ -16,7 +16,8 @@ Departures from the paper, and what it leaves open:
     sentence without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `verbs_of_doc`.
  3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `lemma`.
  4. A lone word ("closes") is read as a verb, while the tagger takes most for nouns. It answers ar, and vc too when the
-    query has one verb. Square brackets around a fill, "Person [closes] the door", are dropped.
+    query has one verb. Square brackets around a fill, "Person [closes] the door", and marks of emphasis around an
+    answer, "**closes**", are dropped.
  5. Only the one answer block is scored: with two, or none, vc, ar and vd are 0. Its first 2,000 characters are read.
  6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its own:
     the model has no word vectors and the paper names no others. They know more of grammar than of meaning.
@@ -42,13 +43,21 @@ BE = {"be", "am", "is", "are", "was", "were", "been", "being", "'s", "’s", "'r
 CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
 # A word of a verbless sentence is its verb from these log-odds on: "person open door" has -4.4, "a dress" -9.2
 LIKELY = -7.5
+# In "There are" and "There's" the tagger calls them verbs, and its lemmatizer "are" and "'"
+BE = frozenset("be am is are was were been being 's ’s 're ’re 'm ’m".split())
 INFLECTED = 4.0   # log-odds in favour of a word that looks inflected: in "the square spins" it is not "square"
 # ASCII digits, no sign, no exponent, an optional unit; nothing in it is ambiguous, so matching is linear in the text
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:s|sec|seconds?))?"
 TEMPLATE = re.compile(rf"\s*{NUMBER}\s+to\s+{NUMBER}\.?\s*")
-# what may not follow, since the numbers are then no seconds: 1:30, 3,5, 20 %, 2 minutes
-OTHER = r"\w|[.:,][0-9]|\s*%|\s*(?:percent|ms|milliseconds?|m|mins?|minutes?|h|hrs?|hours?|days?|frames?|steps?)\b"
-SPAN = re.compile(rf"(?<![\w.,:-]){NUMBER}\s+(?:to|and)\s+{NUMBER}(?!{OTHER})", re.IGNORECASE)
+SPAN = re.compile(rf"(?<![\w.:/–-])(?<![0-9],){NUMBER}\s+(?:to|and)\s+([0-9]+(?:\.[0-9]+)?)( ?(?:s|sec|seconds?))?"
+                  r"(?!\w|[.:,][0-9]|[/–-]\w)", re.IGNORECASE)
+# A span without "s" is in seconds unless it counts something else: any word behind it in its line, but for these, says
+# what ("1 to 2 minutes", "2 to 3 steps"), or a percent sign, or a unit before it ("frames 24 to 48", "1 min 30 to 45")
+BEHIND = ("about after ahead and approximately around as at based because before but by during for from he i if in into"
+          " it on or roughly s sec secs second seconds she since so that the then there they this though thus until we"
+          " when where which while with within").replace(" ", "|")
+COUNTED = re.compile(rf"\s*[%‰]|[*_ \t(\[]+(?!(?i:{BEHIND})\b)[^\W\d_]")
+COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9] ?[mh])(?:[,:)]|\s+and)?\s+$")
 
 
 @dataclass(frozen=True)
@@ -199,12 +208,15 @@ def format_reward(completion: str, timed: bool) -> float:
 
 def segment(completion: str) -> tuple[float, float] | None:
     """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if it has not exactly one;
-    None if there is none. Numbers with a sign, an exponent, a colon, a comma or another unit are not read."""
+    None if there is none. Not read: numbers with a sign, an exponent, a colon or a decimal comma, and those of another
+    unit. support/answers.py reads more, for answers that others' models gave."""
     text = answer_block(completion)
-    found = None
-    for found in SPAN.finditer(completion if text is None else text):
-        pass
-    return (float(found[1]), float(found[2])) if found else None
+    text, found = completion if text is None else text, None
+    for span in SPAN.finditer(text):
+        other = not span[3] and COUNTED.match(text, span.end())
+        if not other and not COUNTING.search(text[max(0, span.start() - 20):span.start()]):
+            found = float(span[1]), float(span[2])
+    return found
 
 
 def iou(pred: tuple[float, float] | None, true: tuple[float, float]) -> float:

@@ -99,7 +99,8 @@ def file_of(form, entries):
                                              ("TimeRFT", "v:0", "./x/v.mp4"), ("TVGBench", "v:0", "./x/v.mp4")])
 def test_each_format(tmp_path, form, id, video):
     samples, rejected = read(tmp_path, file_of(form, [entry(form)]))
-    assert samples == [data.Sample(id, video, "A man sits.", 1.0, 4.0, 10.0)] and not rejected
+    qid = "9" if form == "QVHighlights" else None
+    assert samples == [data.Sample(id, video, "A man sits.", 1.0, 4.0, 10.0, qid=qid)] and not rejected
     assert all(type(value) is float for value in (samples[0].start, samples[0].end, samples[0].duration))
 
 
@@ -157,6 +158,65 @@ def test_activitynet_names_the_key(tmp_path):
     assert [(s.id, s.query) for s in samples] == [("v_1:0", "a"), ("v_1:2", "\u00e9")]
     assert [(r.place.split(": ")[1], r.reason) for r in rejected] == [
         ("'v_1'[1]", "ends no later than it starts"), ("'v_2'", "malformed"), ("'v_3'", "no windows")]
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    """json itself keeps the last one and says nothing."""
+    path = tmp_path / "a.json"
+    path.write_text('{"v": {"duration": 9, "timestamps": [[0, 2]], "sentences": ["a"]}, "v": {"duration": 9, '
+                    '"timestamps": [[1, 3], [4, 5]], "sentences": ["b", "c"]}, "w": {"duration": 9, "duration": 5, '
+                    '"timestamps": [[0, 2]], "sentences": ["d"]}}')
+    samples, rejected = data.read(str(path), None)
+    assert [(s.id, s.query) for s in samples] == [("v:0", "a")]
+    assert [(r.place.split(": ")[1], r.reason) for r in rejected] == [("'v'", "twice"), ("'v'", "twice"),
+                                                                      ("'w'", "malformed")]
+    assert "'duration' stands twice" in str(rejected[2]) and "('v' stands before it)" in str(rejected[0])
+
+
+@pytest.mark.parametrize("form", GOOD)
+@pytest.mark.parametrize("changes", [{"duration": "10"}, {"segment": ["1", 4]}, {"segment": [1, "4.0"]}])
+def test_numbers_as_text_are_called_so(tmp_path, form, changes):
+    if form == "TVGBench" and "segment" in changes:
+        changes = {"from": "1", "to": 4}        # its segment is text
+    _, rejected = read(tmp_path, file_of(form, [entry(form, qid=8, **changes), entry(form)]))
+    number = next(value for of in changes.values() for value in (of if isinstance(of, list) else [of])
+                  if isinstance(value, str))
+    assert [r.reason for r in rejected] == ["malformed"] and f"{number!r} is text" in str(rejected[0])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+def test_every_line_end(tmp_path, end):
+    samples, rejected = read(tmp_path, end.join(["A 0 1##one", "A 1 2##two", "A 2 1##three", ""]))
+    assert [(s.id, s.query) for s in samples] == [("A:1", "one"), ("A:2", "two")]
+    assert [r.place.rsplit(":")[-1] for r in rejected] == ["3"]
+    rows = [json.dumps({**GOOD["QVHighlights"], "qid": qid}) for qid in range(3)]
+    assert [s.qid for s in read(tmp_path, end.join(rows))[0]] == ["0", "1", "2"]
+
+
+def test_the_query_of_an_unusable_segment_is_kept_for_evaluation(tmp_path, videos):
+    (tmp_path / "a.txt").write_text("AO8RW 1 2##he sits.\n00607 3 3##he eats.\n21E40 4 1##he naps.\n21E40 4 5##\nx\n")
+    samples, rejected = data.read(str(tmp_path / "a.txt"), str(videos))
+    assert [r.sample and (r.sample.id, r.sample.video, r.sample.query) for r in rejected] == [
+        ("00607:2", str(videos / "00607.mkv"), "he eats."), ("21E40:3", str(videos / "21E40.MP4"), "he naps."),
+        None, None]
+    segments = [[1, 4], [2, 2], [1, 400], [10, 12]]
+    _, rejected = read(tmp_path, [entry("TVGBench", segment=segment, path=f"{i}.mp4")
+                                  for i, segment in enumerate(segments)])
+    assert [(r.sample.id, r.sample.start, r.sample.end) for r in rejected] == [("1:1", 2, 2), ("2:2", 1, 400),
+                                                                               ("3:3", 10, 12)]
+    row = {**GOOD["QVHighlights"], "relevant_windows": [[5, 5]]}
+    good = {**row, "relevant_windows": [[1, 2]], "qid": 8}
+    _, rejected = read(tmp_path, "\n".join(map(json.dumps, (row, row, good))))
+    assert [r.sample and r.sample.id for r in rejected] == ["9:0", None]        # once is enough
+
+
+@pytest.mark.parametrize("content, name", [(gzip.compress(b"A 0 1##x"), "gzip"),
+                                           ("A 0 1##x".encode("utf-16"), "UTF-16"),
+                                           ("A 0 1##x".encode("utf-16-be"), "UTF-16")])
+def test_what_is_no_utf_8_is_called_by_its_name(tmp_path, content, name):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(data.AnnotationError, match=f"a.txt: cannot be read .*{name}.*--annotations"):
+        data.read(str(tmp_path / "a.txt"), None)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -309,17 +369,3 @@ def test_a_text_file_is_read_without_decord_or_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.path.dirname(data.__file__)})
     assert done.stdout == "[]\n", done.stderr
-
-
-@pytest.mark.parametrize("content, words", [
-    (gzip.compress(b"AO8RW 0 1##x"), "is compressed; gunzip it"), ("AO8RW 0 1##x".encode("utf-16"), "is UTF-16"),
-    (b'{"v": {"duration": 9, "timestamps": [[0, 1]], "sentences": ["x"]}, "v": {}}', "the key 'v' stands twice")])
-def test_what_a_file_is_instead_is_named(tmp_path, content, words):
-    (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(data.AnnotationError, match=f"a.txt: .*{words}"):
-        data.read(str(tmp_path / "a.txt"), None)
-
-
-def test_old_mac_line_ends(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"A 0 1##x\rB 1 2##y\r")
-    assert [(s.id, s.query) for s in data.read(str(tmp_path / "a.txt"), None)[0]] == [("A:1", "x"), ("B:2", "y")]

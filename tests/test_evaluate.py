@@ -248,6 +248,65 @@ def test_best_window(tmp_path, key):
     assert scores["best_window_R1@0.7"] == 0.5 and scores["best_window_mIoU_95"] == pytest.approx([0.6, 1.0])
 
 
+def test_two_samples_of_one_query_are_no_windows(tmp_path):
+    lines = "A 0 10##he sits.\nA 20 30##he sits.\n"
+    scores = score(tmp_path, {"video": "A", "query": "he sits.", "start": 20, "end": 30}, annotations=lines)
+    assert scores["mIoU"] == 0.5 and scores["queries"] == 2 and not any("best_window" in key for key in scores)
+
+
+BENCH = [{"path": f"{name}.mp4", "question": f"what {name} does", "answer": answer, "start": None, "end": None,
+          "duration": 30.0} for name, answer in (("A", "0.0-10.0"), ("B", "5.0-5.0"), ("C", "1.0-400.0"))]
+
+
+def test_unusable_queries_stay_in_the_denominator(tmp_path):
+    """As those of no length in TVGBench; whoever predicts them is not told that they are unknown."""
+    rows = [{"video": name, "query": f"what {name} does", "start": 0, "end": 400} for name in "ABC"]
+    scores = score(tmp_path, {**rows[0], "end": 10}, *rows[1:], annotations=json.dumps(BENCH))
+    assert scores["queries"] == 3 and scores["mIoU"] == scores["R1@0.5"] == pytest.approx(1 / 3)
+    assert [scores[k] for k in ("rejected", "rejected_as_0", "missing", "unmatched", "unparsable", "failed")] == [
+        2, 2, 0, 0, 0, 0]
+    assert scores["mIoU_95"][0] == 0 and "3 videos" in scores["intervals"]
+    again = score(tmp_path, {**rows[0], "end": 10}, annotations=json.dumps(BENCH))      # or leaves them out
+    assert again == scores
+    (tmp_path / "learn.txt").write_text("A 0 10##he sits.\n")
+    fixed = evaluate.main(evaluate.Config(annotations=str(tmp_path / "a.txt"),
+                                          fixed_answer=str(tmp_path / "learn.txt")))
+    assert fixed["queries"] == 3 and fixed["mIoU"] == pytest.approx(1 / 3) and fixed["rejected_as_0"] == 2
+
+
+def test_unusable_windows_count_as_windows_but_are_never_the_best(tmp_path):
+    annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": "v", "duration": 150,
+                                        "relevant_windows": windows})
+                            for qid, windows in ((7, [[5, 5], [20, 30]]), (8, [[6, 6]])))
+    scores = score(tmp_path, {"qid": 7, "start": 20, "end": 30}, annotations=annotations)
+    assert scores["queries"] == 3 and scores["mIoU"] == pytest.approx(1 / 3) and scores["rejected_as_0"] == 2
+    assert not any("best_window" in key for key in scores)      # no query has several usable ones
+
+
+def test_a_model_is_not_asked_unusable_queries_but_scored(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "world", symlinks=True)
+    lines = (folder / "test.txt").read_text().splitlines()
+    video = lines[0].split()[0]
+    (tmp_path / "world" / "test.txt").write_text("\n".join([*lines[:3], f"{video} 2 2##the square spins", "junk"]))
+    scores = evaluate.main(config(tmp_path / "world", tmp_path / "out", tasks=["TVG", "AR"]))
+    assert scores["queries"] == 4 and scores["rejected"] == 2 and scores["rejected_as_0"] == 1
+    assert len(predictions(tmp_path / "out")) == 6 and scores["unreadable"] == 0
+    rows = [r for (_, name), r in predictions(tmp_path / "out").items() if name == "TVG"]
+    assert scores["mIoU"] == pytest.approx(sum(r["iou"] for r in rows) / 4)
+    assert scores["unparsable"] == sum(r["start"] is None for r in rows)
+    some = evaluate.main(config(tmp_path / "world", tmp_path / "some", tasks=["TVG"], steps=1, batch_size=2))
+    assert some["queries"] == 2 and some["rejected_as_0"] == 0
+
+
+def test_lenient_answers_are_counted(tmp_path):
+    scores = score(tmp_path, {"id": "A:1", "completion": "<answer>00:00 - 00:10</answer>"},
+                   {"id": "A:2", "completion": "10 to 20"}, {"id": "C:4", "completion": "[0, 4]", "error": "x"},
+                   {"id": "D:5", "completion": "10 to 20 %"}, {"id": "E:6", "start": None, "end": None, "completion":
+                                                                "0 - 4"})
+    assert scores["mIoU"] == pytest.approx(2 / 6)
+    assert [scores[k] for k in ("lenient", "unparsable", "failed", "missing")] == [1, 2, 1, 1]
+
+
 def test_own_predictions_score_the_same(folder, warm, tmp_path):
     settings = replace(config(folder, tmp_path / "own", tasks=["TVG", "AR"]), model=str(warm), max_tokens=64)
     own = evaluate.main(settings)

@@ -134,7 +134,7 @@ def test_paths_and_flags(monkeypatch, capsys, wrong, script, flags, words):
     ("evaluate", {"blind": "perhaps"}, "--blind"),
     ("evaluate", {"model": GONE, "predictions": "absent.jsonl"}, "absent.jsonl"),
     ("evaluate", {"model": GONE, "predictions": "videos"}, "videos"),
-    ("evaluate", {"model": GONE, "predictions": "bytes"}, "bytes:1: no prediction"),
+    ("evaluate", {"model": GONE, "predictions": "bytes"}, "bytes: cannot be read .it is UTF-16"),
     ("evaluate", {"model": GONE, "predictions": "deep.jsonl"}, "deep.jsonl:1: no prediction"),
     ("evaluate", {"model": GONE, "predictions": "log.jsonl"}, "log.jsonl:1: no prediction"),
     ("evaluate", {"model": GONE, "predictions": "ok.txt"}, "ok.txt:1: no prediction"),

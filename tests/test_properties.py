@@ -14,7 +14,7 @@ import grpo
 import model
 import rewards
 import tasks
-from support import plot, video
+from support import answers, plot, video
 from support.decoding import draw_token
 
 settings.register_profile("house", max_examples=50, deadline=None, derandomize=True, database=None,
@@ -90,6 +90,18 @@ def test_a_span_is_two_numbers_or_none(text):
     assert 0 <= rewards.iou(span, (0.0, 1.0)) <= 1
 
 
+TIMES = ["1:05", "3,5", "7.25", "2 min", "1 h 5 s", "12", "[", "]", " - ", " to ", ", ", " and ", '"start": ',
+         ' "end": ', "%", " frames", "\n", "**", "<answer>", "\u2192", "~", "(", "starts at ", " ends at ",
+         "-", ":", "9" * 400]
+
+
+@given(st.text(st.characters(codec=None), max_size=40) | st.lists(st.sampled_from(TIMES), max_size=9).map("".join))
+@example("9" * 400 + " - 3")
+def test_the_lenient_reader_gives_two_numbers_or_none(text):
+    span = answers.lenient(text)
+    assert span is None or len(span) == 2 and all(value >= 0 for value in span)
+
+
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["", "s", " sec", " seconds"]),
        st.sampled_from(["to", "and"]))
 def test_what_is_written_is_read(start, end, unit, word):
@@ -138,14 +150,15 @@ activitynet = activitynet.map(lambda rows: dict(zip(("a", "../b", ""), rows)))
 qvhighlights = entries(qid=st.integers(0, 5), query=sentences, vid=names, duration=st.just(20),
                        relevant_windows=st.lists(segments, max_size=3))
 timerft = entries(video=names, timestamp=segments, sentence=sentences, duration=st.just(20.5),
-                  video_start=st.sampled_from([0, 3.5]), video_end=st.sampled_from([None, 24]) | st.just(20.5))
+                  video_start=st.sampled_from([0, 3.5]), video_end=st.sampled_from([20.5, 24, 24, None]))
 tvgbench = entries(path=names, question=sentences, answer=segments.map("{0[0]}-{0[1]:.2f}".format),
                    duration=st.just(20), start=st.none(), end=st.none())
-files = {"none": st.binary(max_size=200),
-         "Charades-STA": lines.map(lambda rows: "\n".join(rows).encode("utf-8", "replace")),
-         "QVHighlights": qvhighlights.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
-         "ActivityNet Captions": activitynet.map(json.dumps).map(str.encode),
-         "TimeRFT": timerft.map(json.dumps).map(str.encode), "TVGBench": tvgbench.map(json.dumps).map(str.encode)}
+files = {
+    "Charades-STA": lines.map(lambda rows: "\n".join(rows).encode("utf-8", "replace")),
+    "QVHighlights": qvhighlights.map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    **{name: entries.map(json.dumps).map(str.encode) for name, entries in (
+        ("ActivityNet Captions", activitynet), ("TimeRFT", timerft), ("TVGBench", tvgbench))},
+    "none": st.binary(max_size=200)}
 
 
 @pytest.mark.parametrize("name", files)

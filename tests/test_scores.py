@@ -33,6 +33,46 @@ def test_array_iou_is_that_of_the_reward():
     assert 0 < np.mean(expected) < 1 and scores.ious(np.array([np.nan, 2.0]), truths[0]) == 0
 
 
+def test_ties_are_no_matter_of_rounding():
+    """9.1 / 13.0 is 0.7, but as it is computed a little less; others come out a little above."""
+    tie = rewards.iou((0.0, 13.0), (0.0, 9.1))
+    assert tie < 0.7
+    found = scores.measure([tie, 0.7 - 1e-6, 0.7 + 1e-12, 0.7 + 1e-6], [None] * 4)
+    assert found["R1@0.7"] == 3 / 4 and found["R1>0.7"] == 1 / 4
+    for m in scores.THRESHOLDS:         # every truth of n tenths of a second whose share m is exact
+        ties = [rewards.iou((start, start + n / 10), (start, start + n * round(10 * m) / 100))
+                for start in (0.0, 0.1, 7.3) for n in range(10, 400, 10)]
+        found = scores.measure(ties, [None] * len(ties))
+        assert found[f"R1@{m}"] == 1 and found[f"R1>{m}"] == 0 and len(set(ties)) > 1
+
+
+def test_intervals_of_few_videos_are_doubted():
+    ious = [0.1, 0.9] * 20
+    few = scores.measure(ious, [str(i % 19) for i in range(40)])
+    assert "mIoU_95" in few and "19 videos" in few["intervals"]
+    assert "intervals" not in scores.measure(ious, [str(i % 20) for i in range(40)])
+    assert "intervals" not in scores.measure(ious, ["one"] * 40)           # has no interval
+    rows = [row(n, f"q{n}", [4 * n, 4 * n + 3], 0, 3, str(v)) for v in range(20) for n in range(2)]
+    assert "19 videos" in scores.grounding(rows[:38])["event_intervals"]
+    assert "event_intervals" not in scores.grounding(rows)
+
+
+@pytest.mark.soak
+def test_how_often_an_interval_covers_the_truth():
+    """The figures that `doubt` gives: 10 queries a video, whose IoUs share a part of their own with their video's."""
+    rng = np.random.default_rng(0)
+    covered = {}
+    for n in (2, 5, 20):
+        hits = []
+        for _ in range(300):
+            values = rng.normal(size=(n, 1)) + rng.normal(size=(n, 10))
+            (low,), (high,) = scores.interval(values.reshape(-1, 1), np.repeat(np.arange(n), 10).tolist())
+            hits.append(low <= 0 <= high)
+        covered[n] = np.mean(hits)
+    assert covered[2] == pytest.approx(0.51, abs=0.08) and covered[5] == pytest.approx(0.8, abs=0.07)
+    assert covered[20] == pytest.approx(0.92, abs=0.05)
+
+
 def test_best_fixed_span_is_found():
     truths = np.array([[0, 10], [0, 9], [1, 10], [0, 11], [30, 31]], dtype=float)
     best = scores.best_fixed_span(truths)

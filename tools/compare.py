@@ -34,7 +34,7 @@ def read_values(folder: str) -> dict[str, dict[str, tuple[str, float]]]:
     for row in rows:
         numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key not in LEFT_OUT}
         if "iou" in numbers:
-            numbers |= {f"R1@{m}": float(numbers["iou"] >= m - scores.ROUNDING) for m in scores.THRESHOLDS}
+            numbers |= {f"R1@{m}": float(numbers["iou"] >= m - scores.TIE) for m in scores.THRESHOLDS}
         numbers["format" if row.get("task") == "TVG" else f"format {row.get('task')}"] = numbers.pop("format", 0.0)
         for key, value in numbers.items():
             found.setdefault(key, {})[row["id"]] = row["video"], float(value)
