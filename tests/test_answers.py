@@ -88,7 +88,7 @@ def test_marks_and_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize("content, name", [
-    (gzip.compress(b"{}"), "gzip"), (bz2.compress(b"{}"), "bzip2"), ("{}".encode("utf-16"), "UTF-16"),
+    (gzip.compress(b"{}", mtime=0), "gzip"), (bz2.compress(b"{}"), "bzip2"), ("{}".encode("utf-16"), "UTF-16"),
     ("{}".encode("utf-32"), "UTF-32"), (b"\xfe\xff\0{\0}", "UTF-16"), ("{'a'}".encode("utf-16-le"), "UTF-16")])
 def test_what_is_no_utf_8_is_called_by_its_name(tmp_path, content, name):
     with pytest.raises(ValueError, match=f"p.jsonl: cannot be read .*{name}.*--predictions") as error:
