@@ -1,6 +1,6 @@
 """Annotation files -> samples: a video, a sentence, and from when to when it happens, in seconds.
 
-Five formats are read, told apart by what is in the file, never by its name:
+Seven formats are read, told apart by what is in the file, never by its name:
 
     Charades-STA text       a line a sample; there may be further # in the sentence                 id AO8RW:1 (line)
         AO8RW 0.0 6.9##a person is putting a book on a shelf.
@@ -15,21 +15,27 @@ Five formats are read, told apart by what is in the file, never by its name:
     TVGBench json           a list of objects                                                       id KWZSA:0
         {"path": "./tvgbench_data/KWZSA.mp4", "question": "a person was sitting at a table.", "answer": "13.4-28.1",
          "start": null, "end": null, "duration": 30.12}
+    TimeLens-Bench json     one json object, a video a key; several spans are several samples         id OY50F:0
+        {"OY50F": {"duration": 30.9, "spans": [[0.5, 5.0]], "queries": ["When does the person ...?"]}}
+    TimeLens-100K jsonl     a json object a line, of events, or one query and span      id cv/x:7:0 (line)
+        {"video_path": "cv/x.mp4", "duration": 95.7, "events": [{"query": "the man ...", "span": [[13.0, 16.5]]}]}
 
-The last two may use a part of the file only, from video_start to video_end (TVGBench: start, end), and the segment then
-counts from the beginning of that part, not of the file: in all 665 such records of the published TimeRFT `duration` is
-video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them have the part
-in the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under that name; the
-linter calls a file that is too short for its part undecodable.
+The list that the paper's authors trained on is of ActivityNet's form, with `verb` and `action` beside, which are not
+used: rewards.py finds the verbs.
+
+TimeRFT and TVGBench may use a part of the file only, from video_start to video_end (TVGBench: start, end), and the
+segment then counts from the beginning of that part, not of the file: in all 665 such records of the published TimeRFT
+`duration` is video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them
+have the part in the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under
+that name; the linter calls a file that is too short for its part undecodable.
 
 A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
 its reason, never silently dropped; of what stands twice, the second. Evaluation still counts the queries among these,
 with IoU 0, since published scores do: TVGBench has 800, of which 11 have no length.
 
-A video is looked for in its folder and the subfolders: by id with any usual extension, by the annotated path, and by
-ever shorter ends of that path, down to the bare name. An annotation file may be anybody's: a path that leaves the
-folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the file it names is taken if there is
-one, else the bare name is looked for in the folder. Links in it are followed.
+A video is looked for in its folder and the subfolders (support/lookup.py). An annotation file may be anybody's: a path
+that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the file it names is
+taken if there is one, else the bare name is looked for in the folder.
 
     python data.py train.txt                     the linter: one json object of counts; a summary on standard error
     python data.py train.txt --videos videos/    also looks up and decodes every video
@@ -40,16 +46,16 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
 from support.answers import read_text
+from support.lookup import bare, finder, leaves, stem
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
 OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
 NOISE = 0.02        # seconds; published durations are rounded: an overshoot this small is clipped but not counted
 
@@ -69,7 +75,7 @@ class Sample:
     video_start: float | None = None    # seconds: the part of the file to decode; None for the whole file
     video_end: float | None = None
     clipped: bool = False               # `end` was up to 5 s after the end of the video
-    qid: str | None = None              # of QVHighlights: samples of one qid are windows of one query
+    qid: str | None = None              # where a query has several windows: samples of one qid are those of one query
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def read(path: str, videos: str | None, allow_outside: bool = False) -> tuple[li
     """Samples of an annotation file, their videos looked up in the folder `videos`, and what had to be rejected.
 
     A video that is not there stays a sample, with the path where it was expected; with `videos` None none is looked up.
-    Raises AnnotationError when the file or the folder cannot be read, no sample is left, or no video is there.
+    Raises AnnotationError when the file cannot be read, no sample is left, or no video is there, ValueError when the
+    folder cannot be read.
     """
     name, _, items = parse(path, allow_outside or videos is None)
     samples = [item for item in items if isinstance(item, Sample)]
@@ -110,11 +117,6 @@ def missing(samples: list[Sample]) -> list[str]:
     return [video for video in dict.fromkeys(sample.video for sample in samples) if not os.path.exists(video)]
 
 
-def leaves(video: str) -> bool:
-    """Whether an annotated path may lead out of the folder of the videos."""
-    return PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts
-
-
 def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample | Rejected]]:
     """(the name of a file's format, how many sentences it holds, what became of them); `video` is as annotated.
 
@@ -131,11 +133,13 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
     if isinstance(whole, list):
         name = "TimeRFT" if any_has(whole, "timestamp") else "TVGBench" if any_has(whole, "answer") else None
         entries = [(f": [{index}]", index, item) for index, item in enumerate(whole)]
-    elif isinstance(whole, dict) and any_has(whole.values(), "timestamps"):
-        name, entries = "ActivityNet Captions", [(f": {video!r}", video, item) for video, item in whole.pairs]
+    elif isinstance(whole, dict) and (any_has(whole.values(), "timestamps") or any_has(whole.values(), "spans")):
+        name = "ActivityNet Captions" if any_has(whole.values(), "timestamps") else "TimeLens-Bench"
+        entries = [(f": {video!r}", video, item) for video, item in whole.pairs]
     elif whole is not None:
         entries = [(f":{number}", number, load_json(line)) for number, line in lines]
-        name = "QVHighlights" if any_has((item for *_, item in entries), "query") else None
+        has = partial(any_has, [item for *_, item in entries])
+        name = "TimeLens-100K" if has("video_path") else "QVHighlights" if has("query") else None
     elif any(LINE.fullmatch(line) for _, line in lines):
         name, entries = "Charades-STA", [(f":{number}", number, line) for number, line in lines]
     if name is None:
@@ -149,7 +153,7 @@ def parse(path: str, allow_outside: bool = True) -> tuple[str, int, list[Sample 
             if isinstance(entry, Object) and len(entry.pairs) > len(entry):
                 raise Malformed(f"{Counter(key for key, _ in entry.pairs).most_common(1)[0][0][:40]!r} stands twice")
             found = reader(path + place, key, entry) or [Rejected(path + place, "no windows", "as in a test set")]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             why = f"{error}; " if isinstance(error, Malformed) else ""
             found = [Rejected(path + place, "malformed", f"{why}expected {form}")]
         sentences += 1 if name == "QVHighlights" else len(found)    # there, one sentence may have several windows
@@ -224,6 +228,26 @@ def tvgbench(place: str, index: int, item: dict) -> list[Sample | Rejected]:
                  seconds(item["duration"]), item.get("start"), item.get("end"))]
 
 
+def timelens_bench(place: str, video: str, item: dict) -> list[Sample | Rejected]:
+    duration, pairs = seconds(item["duration"]), zip(item["spans"], item["queries"], strict=True)
+    return [made for k, (spans, query) in enumerate(pairs)
+            for made in windows(f"{place}[{k}]", f"{video}:{k}", video, query, spans, duration)]
+
+
+def timelens_100k(place: str, number: int, item: dict) -> list[Sample | Rejected]:
+    video, duration = item["video_path"], seconds(item["duration"])
+    return [made for k, event in enumerate(item.get("events", [item]))
+            for made in windows(place, f"{stem(video)}:{number}:{k}", video, event["query"], event["span"], duration)]
+
+
+def windows(place: str, qid: str, video, query, spans, duration) -> list[Sample | Rejected]:
+    """A sample for each of the spans [[start, end], ...] of one query, or for its only one, which may be bare."""
+    spans = spans if isinstance(spans[0], list) else [spans]
+    if len(spans) == 1:
+        return [make_sample(place, qid, video, query, spans[0], duration)]
+    return [make_sample(place, f"{qid}:{k}", video, query, span, duration, qid=qid) for k, span in enumerate(spans)]
+
+
 LINE = re.compile(r"(\S+)[ \t]+([-+.\deE]+)[ \t]+([-+.\deE]+)[ \t]*##(.*)", re.ASCII)
 ANSWER = re.compile(r"\s*(\d+\.?\d*)\s*-\s*(\d+\.?\d*)\s*", re.ASCII)
 FORMATS = {     # name: (what reads an entry, which raises or rejects what has not this form)
@@ -231,7 +255,9 @@ FORMATS = {     # name: (what reads an entry, which raises or rejects what has n
     "ActivityNet Captions": (activitynet, "an object with duration and as many timestamps as sentences"),
     "QVHighlights": (qvhighlights, "an object with qid (text or whole number), query, vid, duration, relevant_windows"),
     "TimeRFT": (timerft, "an object with video, sentence, timestamp, duration"),
-    "TVGBench": (tvgbench, "an object with path, question, answer ('13.4-28.1'), duration")}
+    "TVGBench": (tvgbench, "an object with path, question, answer ('13.4-28.1'), duration"),
+    "TimeLens-Bench": (timelens_bench, "an object with duration and as many spans as queries"),
+    "TimeLens-100K": (timelens_100k, "an object with video_path, duration, events: a list of query and span")}
 KNOWN = f"a file of one of the formats {', '.join(FORMATS)}"
 
 
@@ -277,57 +303,6 @@ def text(value) -> str:
     return value
 
 
-def stem(name: str) -> str:
-    """'sub/x.mp4' -> 'sub/x', but 'x_510.0' as it is."""
-    extension = os.path.splitext(name)[1]
-    return name[:-len(extension)] if extension.lower() in EXTENSIONS else name
-
-
-def bare(path: str) -> str:
-    """'./videos/x.mp4' -> 'x'"""
-    return stem(PurePosixPath(path).name)
-
-
-def finder(folder: str, allow_outside: bool = False) -> Callable[[str], str]:
-    """find(video), of an id or an annotated path, is the path of its file in the folder, or else where it was expected.
-
-    Of two files of one name the one in the upper folder is meant, then that of the extension first in EXTENSIONS.
-    Raises AnnotationError when the folder cannot be listed or holds no video.
-    """
-    found, seen = [], set()
-    try:
-        os.scandir(folder).close()      # os.walk says nothing when it cannot list
-    except OSError as error:
-        raise AnnotationError(f"{folder}: cannot be listed ({error}); give --videos the folder of the videos") \
-            from error
-    for root, folders, names in os.walk(folder, followlinks=True):      # large data sets are often linked together
-        if os.path.realpath(root) in seen:      # in a circle
-            names, folders[:] = [], []
-        seen.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(root, folder)
-        found += [os.path.normpath(f"{below}/{name}") for name in names
-                  if stem(name) != name and not name.startswith(".")]
-    if not found:
-        raise AnnotationError(f"{folder}: no video files ({', '.join(EXTENSIONS)}); give --videos the folder of the "
-                              "videos")
-    files = {}
-    for path in sorted(found, key=lambda p: (p.count("/"), EXTENSIONS.index(os.path.splitext(p)[1].lower()), p)):
-        for key in (path, stem(path), os.path.basename(path), bare(path)):
-            files.setdefault(key, os.path.join(folder, path))
-
-    def find(video: str) -> str:
-        path = PurePosixPath(video)
-        if allow_outside and leaves(video) and os.path.isfile(os.path.join(folder, video)):
-            return os.path.join(folder, video)
-        parts = path.parts[-1:] if leaves(video) else path.parts
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        expected = os.path.join(folder, path.name if bare(video) != path.name else path.name + EXTENSIONS[0])
-        return next((files[key] for end in ends for key in (end, stem(end)) if key in files), expected)
-
-    return find
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints the counts of an annotation file as one json object, and in words what is wrong with it; returns the exit
     code: 2 when no sample is left."""
@@ -341,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.workers < 1:
             raise AnnotationError(f"--workers {args.workers}: give at least 1")
         samples, rejected = read(args.file, args.videos, args.allow_outside)
-    except AnnotationError as error:
+    except ValueError as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     import rewards  # here only: whoever reads samples needs no tagger

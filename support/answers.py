@@ -146,7 +146,7 @@ def match(rows: list[dict], samples: list) -> tuple[dict[str, dict], dict[str, i
     bare = lambda path: re.sub(r"\.[A-Za-z]\w{1,3}$", "", Path(str(path)).name)      # but x_510.0 stays as it is
     index = {}
     for sample in samples:
-        for key in {sample.id, sample.id.rpartition(":")[0], (bare(sample.video), plain(sample.query))}:
+        for key in {sample.id, sample.qid or sample.id, (bare(sample.video), plain(sample.query))}:
             index.setdefault(key, []).append(sample)
     found, counts = {}, {"unmatched": 0, "duplicates": 0}
     for row in rows:

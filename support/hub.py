@@ -1,0 +1,51 @@
+"""Models by their name on the Hugging Face hub: Qwen/Qwen2.5-VL-3B-Instruct, or with @revision behind it."""
+import json
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars
+
+from support.folders import ModelError, brief
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]        # weights, configs, tokenizer, template
+NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+
+@lru_cache
+def local_folder(model: str) -> str:
+    """The folder of a model: `model` itself if it is one, or else, if it is a name on the hub, that in the Hugging Face
+    cache, downloaded where it is not there as a whole. Raises ModelError when it cannot be."""
+    name = NAME.fullmatch(model)
+    if name is None or os.path.exists(model):
+        return model
+    asked = {"repo_id": name[1], "revision": name[2], "allow_patterns": FILES}
+    try:
+        folder = snapshot_download(**asked, local_files_only=True)
+        if is_whole(folder):
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()         # the first process shows them; the others wait for its files
+    try:
+        return snapshot_download(**asked)
+    except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, ValueError) as error:
+        revision = f" --revision {name[2]}" if name[2] else ""
+        raise ModelError(f"--model {model}: no such folder, not whole in the Hugging Face cache, and not to be downloaded "
+                         f"({brief(error)[:200]}); where there is a network: hf download {name[1]}{revision}") from error
+
+
+def is_whole(folder: str) -> bool:
+    """Whether all weights, the config and the tokenizer are there: a broken download leaves some."""
+    index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        if index.exists():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all((Path(folder) / name).exists() for name in (*names, "config.json", "tokenizer.json",
+                                                           "tokenizer_config.json"))
