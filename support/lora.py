@@ -71,10 +71,14 @@ def check_folder(folder: str) -> None:
     folders.check_folder(model)
 
 
+def check_rank(rank: int) -> None:
+    if rank < 0:
+        raise ValueError(f"--lora_rank {rank}: give a rank, such as 16, or 0 to train all weights")
+
+
 def check_flags(config: Any) -> None:
     """Raise ValueError, naming the flag, for --lora_rank and --merge that cannot work with --model."""
-    if config.lora_rank < 0:
-        raise ValueError(f"--lora_rank {config.lora_rank}: give a rank, such as 16, or 0 to train all weights")
+    check_rank(config.lora_rank)
     if config.merge and not config.lora_rank:
         raise ValueError("--merge writes adapters into the weights, and without --lora_rank there are none")
     if config.lora_rank and base(config.model) != config.model:
