@@ -45,7 +45,7 @@ import grpo
 import model
 import rewards
 import tasks
-from support import answers, checkpoint, launch, scores, stream
+from support import answers, checkpoint, launch, lora, scores, stream
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS, Clip, VideoError
@@ -182,7 +182,7 @@ def check_flags(config: Config) -> None:
 
 def input_files(config: Config) -> dict[str, list[int]]:
     """Size and time of change of the files that all answers depend on: a model trained anew is another model."""
-    files = [Path(config.annotations), *sorted(path for path in Path(config.model).glob("*") if path.is_file())]
+    files = [Path(config.annotations), *(path for path in lora.files(config.model) if path.is_file())]
     return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 

@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-from support import attention
+from support import attention, lora
 from support.attention import Decoding, Packed
-from support.folders import ModelError, brief, check_config, check_folder
+from support.folders import ModelError, brief, check_config
+from support.lora import check_folder
 from support.video import Clip
 
 __all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder", "cut_patches", "load", "pack",
@@ -255,12 +256,14 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
-         ) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors. `strict`: see Policy.
+         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
+    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors, or one of adapters, whose
+    model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters that learn, see support/lora.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
     check_folder(folder)
+    folder, adapters = lora.base(folder), folder
     # Of tokenizers and models in another form than they expect, transformers and torch raise any Exception.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -283,6 +286,7 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
         raise ModelError(f"{folder}: {len(lost)} weights are missing or have another shape than config.json says, such "
                          f"as {lost[0]}; copy config.json and the *.safetensors files again")
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+    lora.attach(qwen, adapters, lora_rank, seed)
     policy = Policy(qwen.to(device), forbidden)
     policy.strict = strict
     for weight in qwen.parameters():
@@ -291,9 +295,11 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
     return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
 
 
-def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
-    """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def save(policy: Policy, encoder: Encoder, folder: str | Path, merge: bool = False) -> None:
+    """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes. Of a policy
+    that learns adapters it has these alone, as peft stores them, unless they are to be merged into the weights."""
+    only_adapters = bool(lora.adapters(policy)) and not merge
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
     weights = get_model_state_dict(policy, options=options)                     # a collective when sharded
     if policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight:
         weights.pop("qwen.lm_head.weight", None)                                # tied: stored once, as in the 3B folder
@@ -303,11 +309,17 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
-            policy.qwen.save_pretrained(unfinished, state_dict=weights)
+            if only_adapters:
+                lora.write(policy.qwen, weights, encoder.folder, unfinished)
+            else:
+                weights = lora.merge(policy.qwen, weights) if merge else weights
+                policy.qwen.save_pretrained(unfinished, state_dict=weights)
             encoder.tokenizer.save_pretrained(unfinished)
             # The source's own files, which older versions of transformers read, too: those of version 5 they do not.
             for path in Path(encoder.folder).iterdir() if encoder.folder else ():
                 wanted = path.suffix in (".json", ".jinja") or path.name == "merges.txt"
+                # beside a config.json, transformers would look for whole weights, too, not for adapters' model
+                wanted &= not (only_adapters and path.name == "config.json")
                 if wanted and not path.name.endswith(".safetensors.index.json"):
                     shutil.copy(path, unfinished)
             for path in unfinished.iterdir():

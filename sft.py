@@ -26,7 +26,7 @@ import data
 import grpo
 import model
 import tasks
-from support import checkpoint, launch, sharding, stream
+from support import checkpoint, launch, lora, sharding, stream
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS
@@ -45,6 +45,9 @@ class Config:
     per_pass: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout), "
+                             "such as 16, with a --learning_rate ten times as large or more. 0: train all weights")
+    merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
@@ -87,21 +90,24 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[Demonstra
 
 @launch.one_run
 def main(config: Config) -> None:
-    rank, world, _ = launch.start_process()
+    rank, world, device = launch.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
                          "workers", "keep", "max_bad_steps")
     model.check_folder(config.model)
+    lora.check_flags(config)
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     demonstrations = read_demonstrations(config.demonstrations, samples)
     if not demonstrations:
         raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
                          "give demonstrations of TVG, or other annotations")
-    policy, encoder = model.load(config.model)
+    half = torch.bfloat16 if config.lora_rank and device != "cpu" else torch.float32     # of what is never updated
+    policy, encoder = model.load(config.model, dtype=half, lora_rank=config.lora_rank, seed=config.seed)
     policy = sharding.shard(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
+                                  lr=config.learning_rate, weight_decay=0.0)
     run.restore(policy, optimizer)
     load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
@@ -140,7 +146,7 @@ def main(config: Config) -> None:
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
             began = time.perf_counter()
-        model.save(policy, encoder, run.output / "model")
+        model.save(policy, encoder, run.output / "model", config.merge)
 
 
 def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optimizer,

@@ -30,7 +30,7 @@ import model
 import sft
 import tasks
 import train
-from support import checkpoint, launch, plot, scores, video
+from support import checkpoint, launch, lora, plot, scores, video
 from support.launch import flag
 
 SIZE, FPS = 28, 4                       # pixels, frames a second
@@ -227,6 +227,8 @@ class Config:
     steps: int = flag(40, "GRPO steps; below 20, everything else is cut down as well")
     tvg_prob: float = flag(0.8, "p of Eq. 13; 1 trains TVG alone")
     learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of a model of 3 billion weights")
+    lora_rank: int = flag(0, "rank of adapters that GRPO trains instead of all weights, with --learning_rate 1e-3; 0: "
+                             "none. The warm start trains all weights")
     beta: float = flag(0.005, "weight of the KL term: little, since the reference is what is to be mended")
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
@@ -238,6 +240,7 @@ class Config:
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
     launch.check_numbers(config, "steps", "learning_rate", "prompts_per_step", "warm_steps")
+    lora.check_rank(config.lora_rank)
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
     if config.warm_start:
@@ -292,7 +295,7 @@ def main(config: Config) -> dict[str, dict]:
         train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
                                 tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
                                 learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, resume=config.resume,
-                                **common))
+                                lora_rank=config.lora_rank, **common))
     common["annotations"] = str(world / "test.txt")
     rows[f"GRPO, p = {config.tvg_prob}"] = test("test_grpo", world / "grpo" / "model")
 

@@ -34,7 +34,7 @@ import data
 import grpo
 import model
 import tasks
-from support import checkpoint, launch, sharding, stream
+from support import checkpoint, launch, lora, sharding, stream
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS
@@ -61,6 +61,10 @@ class Config:
     warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once a video and step")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout, "
+                             "--freeze_vision implied), for a fraction of the memory; such as 16, with a "
+                             "--learning_rate ten times as large or more. 0: train all weights")
+    merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
     max_tokens: int = flag(1024, "longest completion; the authors' value")
@@ -93,6 +97,7 @@ def check_flags(config: Config, world: int) -> None:
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
     model.check_folder(config.model)
+    lora.check_flags(config)
 
 
 @launch.one_run
@@ -147,20 +152,23 @@ def main(config: Config) -> None:
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
             began = time.perf_counter()
-        model.save(policy, encoder, run.output / "model")
+        model.save(policy, encoder, run.output / "model", config.merge)
 
 
 def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
-    """(policy, reference or None, encoder), spread over the processes."""
-    reference = None
-    if config.beta > 0:     # loaded on its own and first, so that a process never holds two whole models
-        half = torch.float32 if device == "cpu" else torch.bfloat16     # it is never updated
+    """(policy, reference or None, encoder), spread over the processes. With adapters one model is both."""
+    reference, half = None, torch.float32 if device == "cpu" else torch.bfloat16        # of what is never updated
+    if config.beta > 0 and not config.lora_rank:
+        # loaded on its own and first, so that a process never holds two whole models
         reference = sharding.shard(model.load(config.model, dtype=half)[0].requires_grad_(False))
-    policy, encoder = model.load(config.model)
-    policy.qwen.model.visual.requires_grad_(not config.freeze_vision)
+    policy, encoder = model.load(config.model, dtype=half if config.lora_rank else torch.float32,
+                                 lora_rank=config.lora_rank, seed=config.seed)
+    if config.freeze_vision:
+        policy.qwen.model.visual.requires_grad_(False)
     if config.checkpoint_activations:
         sharding.checkpoint_activations(policy)
-    return sharding.shard(policy), reference, encoder
+    policy = sharding.shard(policy)
+    return policy, policy if config.lora_rank and config.beta > 0 else reference, encoder
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,8 @@ def sample_groups(config: Config, policy: model.Policy, encoder: model.Encoder, 
     with sharding.gathered(policy):
         for some in (batch[i:i + size] for i in range(0, len(batch), size)):
             prompts = [picked.made for picked in some]
-            if config.freeze_vision:    # policy and reference have the same tower, so what it sees serves for both
+            if config.freeze_vision or config.lora_rank:
+                # policy and reference have the same tower, so what it sees serves for both
                 prompts = model.see(policy, prompts)
             seeds = [np.random.SeedSequence([config.seed, picked.index]).generate_state(1)[0] for picked in some]
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -231,7 +240,7 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
     for each in passes:
         score = partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
                         mask=each.rollouts.mask, temperature=config.temperature)
-        with torch.no_grad():
+        with torch.no_grad(), lora.reference(reference):
             ref_logp = score(reference) if reference is not None else None
         logp = score(policy)                                                                # (B, G, C)
         loss, kl = grpo.loss(logp, logp.detach(), ref_logp, each.advantage, each.rollouts.mask, config.beta, total)

@@ -27,18 +27,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from support import launch
+from support import launch, lora
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
               "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "checkpoint_activations"}     # of a resumed run
+              "checkpoint_activations", "merge"}    # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
 
 
 def tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that training changes, by name: the parameters, and AdamW's state of those that it has stepped on."""
-    named = dict(policy.named_parameters())
+    """All that training changes, by name: the parameters, or the adapters alone where these learn, and AdamW's state
+    of those that it has stepped on."""
+    named = lora.adapters(policy) or dict(policy.named_parameters())
     return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
 
 
@@ -171,7 +172,7 @@ class Run:
             raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
                              "another folder")
         self.step, self.bad_steps, self.bad_in_a_row = 0, 0, []                 # the next step; what was skipped
-        files = [Path(config.annotations), *sorted(Path(config.model).glob("*.safetensors"))]
+        files = [Path(config.annotations), *lora.files(config.model, "*.safetensors")]
         self.files = {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files if f.exists()}
         if self.start:
             saved = read_state(self.start / "state.json")

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from support import launch
+from support import launch, lora
 
 
 @cache      # the policy and the reference share its groups of processes
@@ -41,13 +41,16 @@ def shard(policy: nn.Module, compute: torch.dtype | None = None) -> nn.Module:
     processes. Computes in `compute`, by default bf16 on GPUs and fp32 on CPUs; weights and gradients keep the
     precision that the policy was loaded in. One CPU process stays as it is.
 
-    The policy comes on the CPU and reaches the GPU a unit at a time, so that none holds it whole in fp32."""
+    The policy comes on the CPU and reaches the GPU a unit at a time, so that none holds it whole in fp32. Of one that
+    learns adapters these are spread; its frozen weights lie whole on every GPU, as they do while sampling anyway."""
     if not dist.is_initialized():
         return policy
     compute = compute or (torch.bfloat16 if torch.cuda.is_available() else None)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=compute and torch.float32)
+    if frozen := lora.frozen(policy):
+        policy.to(mesh().device_type)
     for unit in (*policy.qwen.model.language_model.layers, policy.qwen.model.visual, policy):
-        fully_shard(unit, mesh=mesh(), mp_policy=precision, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh(), mp_policy=precision, reshard_after_forward=True, ignored_params=frozen or None)
     for method in policy.FORWARDS:      # so that each gathers the root's weights, as a call of forward would
         register_fsdp_forward_method(policy, method)
     return policy
