@@ -60,6 +60,11 @@ class Config:
                                       "fine-tuning with reinforcement learning usually takes")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    loss: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; bnpo: over all tokens of "
+                             "the batch, as in the authors' trainer; dr_grpo: sum over tokens / --max_tokens, mean")
+    scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: they are not")
+    updates: int = flag(1, "AdamW steps a rollout; the paper's ratio and the clipping count from the second on")
+    clip: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no more; PPO's usual value")
     freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once a video and step")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
@@ -84,7 +89,10 @@ class Config:
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps")
+                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "updates", "clip")
+    for name, known in (("loss", ("grpo", "bnpo", "dr_grpo")), ("scale_rewards", ("std", "none"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose from {', '.join(known)}")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
@@ -115,11 +123,7 @@ def main(config: Config) -> None:
     if rank == 0:
         if steps:
             launch.write_config(config, run.output)
-        silent = len(samples) - min(map(len, pools.values()))
-        launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
-                   f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
-        for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            launch.say(note)
+        announce(run, samples, rejected, pools, f"{world} process(es) on {device}")
 
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
@@ -141,13 +145,23 @@ def main(config: Config) -> None:
             if numbers["flat"] < 1:
                 numbers = take_step(config, policy, reference, optimizer, passes, numbers, world)
             else:   # nothing to learn: Adam would take a step of full size on the tiny gradient of the KL term
-                numbers |= {"kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}
+                numbers |= {**dict.fromkeys(("kl", "loss", "clipped", "mismatch")), "grad_norm": 0.0, "updates": 0}
             log({"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
                  "lr": optimizer.param_groups[0]["lr"]}, rows, time.perf_counter() - began)
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
             began = time.perf_counter()
         model.save(policy, encoder, run.output / "model")
+
+
+def announce(run: checkpoint.Run, samples: list[data.Sample], rejected: list[data.Rejected],
+             pools: dict[str, list[data.Sample]], where: str) -> None:
+    """Say what there is to train on, what not, and what a resumed run has to say."""
+    silent = len(samples) - min(map(len, pools.values()))
+    launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
+               f"{len(data.missing(samples))} videos missing; {where}")
+    for note in (*(f"rejected {item}" for item in rejected), *run.notes):
+        launch.say(note)
 
 
 def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
@@ -191,7 +205,7 @@ def sample_groups(config: Config, policy: model.Policy, encoder: model.Encoder, 
             texts = encoder.decode(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1))         # B * G
             rewards = task.reward(texts, [picked.item for picked in some for _ in range(config.group_size)])
             totals = torch.tensor([reward.total for reward in rewards]).view(len(some), -1)                 # (B, G)
-            advantage = grpo.advantages(totals)                                                             # Eq. 3
+            advantage = grpo.advantages(totals, config.scale_rewards == "std")                              # Eq. 3
             passes.append(Pass(prompts, rollouts, advantage.to(rollouts.mask.device)))
             rows += describe(some, rollouts, texts, rewards, advantage, encoder.stop_ids)
     return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
@@ -225,24 +239,34 @@ def summarise(task: tasks.Task, rows: list[dict], group_size: int) -> dict[str, 
 
 def take_step(config: Config, policy: model.Policy, reference: model.Policy | None, optimizer: torch.optim.Optimizer,
               passes: list[Pass], numbers: dict[str, float], world: int) -> dict[str, float]:
-    """One AdamW step on all passes of all processes; returns the numbers of the step with its own. It is left out when
-    one of them is not finite: all processes see the same numbers."""
-    total, sums = config.prompts_per_step * config.group_size, torch.zeros(3)
-    for each in passes:
-        score = partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
-                        mask=each.rollouts.mask, temperature=config.temperature)
-        with torch.no_grad():
-            ref_logp = score(reference) if reference is not None else None
-        logp = score(policy)                                                                # (B, G, C)
-        loss, kl = grpo.loss(logp, logp.detach(), ref_logp, each.advantage, each.rollouts.mask, config.beta, total)
-        (loss * world).backward()       # FSDP averages the gradients over the processes; the loss wants their sum
-        sums += torch.stack([loss.detach(), kl, (logp.detach() - each.rollouts.logprobs).abs().sum()]).cpu()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    loss, kl, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
-    numbers = {**numbers, "kl": kl, "loss": loss, "mismatch": mismatch / (numbers["tokens"] * total),
-               "grad_norm": launch.full_norm(norm)}
-    if not launch.not_finite(numbers):
+    """--updates AdamW steps on all passes of all processes; returns the numbers of the step with those of the last one.
+    One of whose numbers some are not finite is left out, and so are those after it: all processes see the same."""
+    total = config.prompts_per_step * config.group_size
+    tokens = {"grpo": None, "bnpo": numbers["tokens"] * total, "dr_grpo": float(config.max_tokens * total)}[config.loss]
+    scores = [partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
+                      mask=each.rollouts.mask, temperature=config.temperature) for each in passes]
+    with torch.no_grad():
+        ref_logps = [score(reference) if reference is not None else None for score in scores]
+    numbers, old_logps = {**numbers, "updates": 0}, []      # of pi_old, the policy before the first update
+    for update in range(1, config.updates + 1):
+        sums = torch.zeros(4)
+        for i, each in enumerate(passes):
+            logp = scores[i](policy)                                                        # (B, G, C)
+            old_logps += [logp.detach()] * (update == 1)
+            loss, kl, clipped = grpo.loss(logp, old_logps[i], ref_logps[i], each.advantage, each.rollouts.mask,
+                                          config.beta, total, tokens, config.clip)
+            (loss * world).backward()   # FSDP averages the gradients over the processes; the loss wants their sum
+            mismatch = (old_logps[i] - each.rollouts.logprobs).abs().sum()
+            sums += torch.stack([loss.detach(), kl, clipped, mismatch]).cpu()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        loss, kl, clipped, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
+        numbers |= {"kl": kl, "loss": loss, "clipped": clipped, "mismatch": mismatch / (numbers["tokens"] * total),
+                    "grad_norm": launch.full_norm(norm)}
+        if launch.not_finite(numbers):
+            break
         optimizer.step()
+        optimizer.zero_grad()
+        numbers["updates"] = update
     optimizer.zero_grad()
     return numbers
 
@@ -268,7 +292,8 @@ def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[
         launch.say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in numbers.items()))
         if skipped:
-            launch.say(f"step {numbers['step']} changes nothing: {', '.join(skipped)} not finite")
+            changes = f"stops after {done} update(s)" if (done := numbers["updates"]) else "changes nothing"
+            launch.say(f"step {numbers['step']} {changes}: {', '.join(skipped)} not finite")
         for error in sorted(set(bad) - named):
             launch.say(f"replaced by another sample: {error}")
         named.update(bad)
