@@ -9,7 +9,8 @@ and the frozen reference, and takes one AdamW step on the loss (Eq. 4).
 
 Writes to --output: config.json, metrics.jsonl (a line a step), samples.jsonl (a completion of each prompt's group,
 with its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/
-(docs/transformers.md: what other programs have to mind, such as transformers' own `generate`).
+(docs/transformers.md: what other programs have to mind, such as transformers' own `generate`). With --eval_annotations
+also evaluations.jsonl, scores on held-out queries meanwhile, and best/, the model that had the highest mIoU of them.
 
 With --resume the same command continues a run that was killed, and one that has done its --steps writes model/ again:
 `--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.
@@ -31,10 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import evaluate
 import grpo
 import model
 import tasks
 from support import checkpoint, launch, sharding, stream
+from support.best import Evaluations
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS
@@ -78,6 +81,11 @@ class Config:
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is scored meanwhile; "
+                                     "training is the same to the bit. Empty: none")
+    eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and after the last")
+    eval_samples: int = flag(200, "queries of that file, always the same ones, in TVG, VC, AR and VD, greedily")
+    eval_videos: str = flag("", "folder of their video files; empty: --videos")
     save_every: int = flag(100, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                 "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
@@ -89,7 +97,10 @@ class Config:
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "updates", "clip")
+                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "updates", "clip",
+                         "eval_samples")
+    if config.eval_every and not config.eval_annotations:
+        raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of held-out queries, too")
     for name, known in (("loss", ("grpo", "bnpo", "dr_grpo")), ("scale_rewards", ("std", "none"))):
         if getattr(config, name) not in known:
             raise ValueError(f"--{name} {getattr(config, name)}: choose from {', '.join(known)}")
@@ -114,6 +125,7 @@ def main(config: Config) -> None:
     for name, pool in pools.items():
         if not pool:
             raise ValueError(f"{config.annotations}: no query with a verb, so no {name}; give --tvg_prob 1")
+    held_out = read_held_out(config)
     policy, reference, encoder = load_models(config, device)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -135,7 +147,10 @@ def main(config: Config) -> None:
         return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)
 
     with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
-        log, began = open_logs(run.output, rank, config.group_size, run.step), time.perf_counter()
+        log = open_logs(run.output, rank, config.group_size, run.step)
+        evaluate_if_due = open_evaluations(config, run, held_out, policy, encoder, load)
+        evaluate_if_due()
+        began = time.perf_counter()
         for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
                                         dynamic_ncols=True):
             for group in optimizer.param_groups:
@@ -150,6 +165,7 @@ def main(config: Config) -> None:
                  "lr": optimizer.param_groups[0]["lr"]}, rows, time.perf_counter() - began)
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
+            evaluate_if_due()
             began = time.perf_counter()
         model.save(policy, encoder, run.output / "model")
 
@@ -269,6 +285,42 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
         numbers["updates"] = update
     optimizer.zero_grad()
     return numbers
+
+
+def read_held_out(config: Config) -> list[data.Sample]:
+    """The queries to evaluate on, for every seed the same ones; none without --eval_annotations."""
+    if not config.eval_annotations:
+        return []
+    try:
+        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
+                                      config.allow_outside)
+    except data.AnnotationError as error:
+        raise ValueError(str(error).replace("--annotations", "--eval_annotations")
+                         .replace("--videos", "--eval_videos")) from error
+    chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])
+    if launch.start_process()[0] == 0:
+        launch.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
+                   f"{len(rejected)} rejected")
+    return [samples[i] for i in chosen]
+
+
+def open_evaluations(config: Config, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
+                     encoder: model.Encoder, load: Loader) -> Callable[[], None]:
+    """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
+    logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
+    if not samples:
+        return lambda: None
+    settings = evaluate.Config(config.eval_annotations, max_tokens=config.max_tokens, workers=config.workers)
+    evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
+
+    def evaluate_if_due() -> None:
+        if evaluations.due(run.step):
+            began = time.perf_counter()
+            with sharding.gathered(policy):
+                rows = evaluate.predict_with(settings, policy, encoder, load, samples)
+            scores = {"step": run.step, **evaluate.summarise(rows), "seconds": time.perf_counter() - began}
+            evaluations.add(scores, partial(model.save, policy, encoder))
+    return evaluate_if_due
 
 
 def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[dict, list[dict], float], None]:
