@@ -102,12 +102,7 @@ def main(config: Config) -> dict[str, float | list[float] | str]:
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     """The rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
     rank, world, device = launch.start_process()
-    output, work, chosen = Path(config.output), [], []
-    for task in map(tasks.TASKS.get, config.tasks):
-        pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * config.batch_size or None]
-        chosen += [(task.name, sample.id) for _, sample in pool]
-        pool = by_length(pool, task)
-        work += [Batch(task, *zip(*pool[i:i + config.batch_size])) for i in range(0, len(pool), config.batch_size)]
+    output, (work, chosen) = Path(config.output), plan_batches(config, samples)
     key = lambda row: (row["task"], row["id"])
     done = launch.gather([earlier_rows(config)] if rank == 0 else [])[0]    # the first process reads for all
     rows, new = {key(row): row for row in done}, []
@@ -141,12 +136,39 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     return rows
 
 
+def predict_with(config: Config, policy: model.Policy, encoder: model.Encoder, load: Loader,
+                 samples: list[data.Sample]) -> list[dict]:
+    """The rows that `predict` gives, of a model in training, inside of sharding.gathered; no file is written. Batches,
+    and with them the answers, are the same for any number of processes."""
+    rank, world, _ = launch.start_process()
+    work, chosen = plan_batches(config, samples)
+    nothing = encoder.encode("", Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0))
+    grpo.rollout(policy, [nothing], 1, 1, encoder.stop_ids)     # gathers the weights, also where there is no work
+    rows = []
+    with stream.prefetched(partial(encode_batch, config, encoder, load), work[rank::world], None) as batches:
+        for batch, prompts in batches:
+            rows += answer_batch(config, policy, encoder, batch, prompts)
+    found = {(row["task"], row["id"]): row for row in launch.gather(rows)}
+    return [found[name] for name in chosen]
+
+
 @dataclass(frozen=True)
 class Batch:
     """What is answered together."""
     task: tasks.Task
     numbers: tuple[int, ...]                # of the samples, from which their random numbers follow
     samples: tuple[data.Sample, ...]
+
+
+def plan_batches(config: Config, samples: list[data.Sample]) -> tuple[list[Batch], list[tuple[str, str]]]:
+    """What to answer: batches of all tasks, and (task, id) of every answer, in the order of the annotations."""
+    work, chosen = [], []
+    for task in map(tasks.TASKS.get, config.tasks):
+        pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * config.batch_size or None]
+        chosen += [(task.name, sample.id) for _, sample in pool]
+        pool = by_length(pool, task)
+        work += [Batch(task, *zip(*pool[i:i + config.batch_size])) for i in range(0, len(pool), config.batch_size)]
+    return work, chosen
 
 
 def by_length(pool: list[tuple[int, data.Sample]], task: tasks.Task) -> list[tuple[int, data.Sample]]:

@@ -10,13 +10,16 @@ appears:
   the same log-probability and gradient as in a sequence of its own.
 
 Choices the paper leaves open, or departures from it:
-1. std is the unbiased one, with 1e-4 added, as in the authors' code.
+1. std is the unbiased one, with 1e-4 added, as in the authors' code; or none (Dr. GRPO).
 2. KL is the k3 estimator, exp(ref - lp) - (ref - lp) - 1: unbiased, never negative.
 3. The loss is the mean over a completion's tokens, then over completions (Eq. 3 sums over the group; the factor G
-   is the learning rate's).
-4. One update per rollout, so pi_old is pi itself, the ratio is 1 and there is nothing to clip; the ratio stays in
-   the loss because its gradient is the policy gradient.
+   is the learning rate's), as GRPO was published; or the mean over all tokens of the batch (bnpo), or their sum over a
+   constant (dr_grpo).
+4. The ratio is clipped as in PPO, which the paper leaves out for simplicity. With one update a rollout pi_old is pi
+   itself, the ratio is 1 and there is nothing to clip; the ratio stays in the loss because its gradient is the policy
+   gradient.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,27 +31,34 @@ from support.attention import Decoding, Packed
 from support.decoding import draw_token, rows_to_keep
 
 
-def advantages(rewards: Float[Tensor, "*B G"]) -> Float[Tensor, "*B G"]:
-    """Rewards normalised within their group (Eq. 3). A group whose rewards are all equal gets zeros."""
+def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tensor, "*B G"]:
+    """Rewards normalised within their group (Eq. 3), without `scale` less its mean only. A group whose rewards are all
+    equal gets zeros."""
     rewards = rewards - rewards[..., :1]    # so that equal ones are 0 exactly: their fp32 mean may differ from them
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+    above = rewards - rewards.mean(-1, keepdim=True)
+    return above / (rewards.std(-1, keepdim=True) + 1e-4) if scale else above
 
 
 def loss(logp: Float[Tensor, "B G C"], old_logp: Float[Tensor, "B G C"], ref_logp: Float[Tensor, "B G C"] | None,
-         advantage: Float[Tensor, "B G"], mask: Int[Tensor, "B G C"], beta: float,
-         total: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The negative of Eq. 4 and the KL in it, each a mean over a completion's tokens, then over completions.
+         advantage: Float[Tensor, "B G"], mask: Int[Tensor, "B G C"], beta: float, total: int,
+         tokens: float | None = None, clip: float = math.inf,
+         ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """The negative of Eq. 4, the KL in it, and the share of its tokens whose gain is clipped, each a mean over a
+    completion's tokens, then over completions.
 
     `total` is how many completions there are in the whole batch, over all passes and processes, so that their losses
-    and gradients add up. ref_logp None: no KL.
+    and gradients add up. With `tokens` the loss alone is the sum over all tokens divided by that: by the tokens of the
+    whole batch (bnpo), or by `total` times the longest completion (dr_grpo). ref_logp None: no KL.
     """
     ratio = torch.exp(logp - old_logp)                                                      # (B, G, C)
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
         kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
-    per_token = ratio * advantage[..., None] - beta * kl                                    # Eq. 4
+    gain, least = (r * advantage[..., None] for r in (ratio, ratio.clamp(1 - clip, 1 + clip)))
+    per_token = torch.minimum(gain, least) - beta * kl                                      # Eq. 4
     share = mask / (mask.sum(-1, keepdim=True) * total)
-    return -(per_token * share).sum(), (kl * share).sum().detach()
+    weight = share if tokens is None else mask / tokens
+    return -(per_token * weight).sum(), (kl * share).sum().detach(), ((least < gain) * share).sum()
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ class Config:
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
     warm_steps: int = flag(400, "SFT steps of a new warm start")
+    eval_every: int = flag(0, "score 200 test queries every so many GRPO steps; 0: not")
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
 
@@ -295,7 +296,8 @@ def main(config: Config) -> dict[str, dict]:
         train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
                                 tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
                                 learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, resume=config.resume,
-                                lora_rank=config.lora_rank, **common))
+                                eval_annotations=str(world / "test.txt") if config.eval_every else "",
+                                eval_every=config.eval_every, lora_rank=config.lora_rank, **common))
     common["annotations"] = str(world / "test.txt")
     rows[f"GRPO, p = {config.tvg_prob}"] = test("test_grpo", world / "grpo" / "model")
 

@@ -9,7 +9,8 @@ and the frozen reference, and takes one AdamW step on the loss (Eq. 4).
 
 Writes to --output: config.json, metrics.jsonl (a line a step), samples.jsonl (a completion of each prompt's group,
 with its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/
-(docs/transformers.md: what other programs have to mind, such as transformers' own `generate`).
+(docs/transformers.md: what other programs have to mind, such as transformers' own `generate`). With --eval_annotations
+also evaluations.jsonl, scores on held-out queries meanwhile, and best/, the model that had the highest mIoU of them.
 
 With --resume the same command continues a run that was killed, and one that has done its --steps writes model/ again:
 `--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.
@@ -31,10 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import evaluate
 import grpo
 import model
 import tasks
 from support import checkpoint, launch, lora, sharding, stream
+from support.best import Evaluations
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS
@@ -60,6 +63,11 @@ class Config:
                                       "fine-tuning with reinforcement learning usually takes")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
+    loss: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; bnpo: over all tokens of "
+                             "the batch, as in the authors' trainer; dr_grpo: sum over tokens / --max_tokens, mean")
+    scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: they are not")
+    updates: int = flag(1, "AdamW steps a rollout; the paper's ratio and the clipping count from the second on")
+    clip: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no more; PPO's usual value")
     freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once a video and step")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout, "
                              "--freeze_vision implied), for a fraction of the memory; such as 16, with a "
@@ -77,6 +85,11 @@ class Config:
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
     video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is scored meanwhile; "
+                                     "training is the same to the bit. Empty: none")
+    eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and after the last")
+    eval_samples: int = flag(200, "queries of that file, always the same ones, in TVG, VC, AR and VD, greedily")
+    eval_videos: str = flag("", "folder of their video files; empty: --videos")
     save_every: int = flag(100, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                 "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
@@ -88,7 +101,13 @@ class Config:
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps")
+                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "updates", "clip",
+                         "eval_samples")
+    if config.eval_every and not config.eval_annotations:
+        raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of held-out queries, too")
+    for name, known in (("loss", ("grpo", "bnpo", "dr_grpo")), ("scale_rewards", ("std", "none"))):
+        if getattr(config, name) not in known:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose from {', '.join(known)}")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
@@ -111,6 +130,7 @@ def main(config: Config) -> None:
     for name, pool in pools.items():
         if not pool:
             raise ValueError(f"{config.annotations}: no query with a verb, so no {name}; give --tvg_prob 1")
+    held_out = read_held_out(config)
     policy, reference, encoder = load_models(config, device)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -120,11 +140,7 @@ def main(config: Config) -> None:
     if rank == 0:
         if steps:
             launch.write_config(config, run.output)
-        silent = len(samples) - min(map(len, pools.values()))
-        launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
-                   f"{len(data.missing(samples))} videos missing; {world} process(es) on {device}")
-        for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            launch.say(note)
+        announce(run, samples, rejected, pools, f"{world} process(es) on {device}")
 
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
@@ -136,7 +152,10 @@ def main(config: Config) -> None:
         return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)
 
     with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
-        log, began = open_logs(run.output, rank, config.group_size, run.step), time.perf_counter()
+        log = open_logs(run.output, rank, config.group_size, run.step)
+        evaluate_if_due = open_evaluations(config, run, held_out, policy, encoder, load)
+        evaluate_if_due()
+        began = time.perf_counter()
         for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
                                         dynamic_ncols=True):
             for group in optimizer.param_groups:
@@ -146,13 +165,24 @@ def main(config: Config) -> None:
             if numbers["flat"] < 1:
                 numbers = take_step(config, policy, reference, optimizer, passes, numbers, world)
             else:   # nothing to learn: Adam would take a step of full size on the tiny gradient of the KL term
-                numbers |= {"kl": None, "loss": None, "mismatch": None, "grad_norm": 0.0}
+                numbers |= {**dict.fromkeys(("kl", "loss", "clipped", "mismatch")), "grad_norm": 0.0, "updates": 0}
             log({"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
                  "lr": optimizer.param_groups[0]["lr"]}, rows, time.perf_counter() - began)
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
+            evaluate_if_due()
             began = time.perf_counter()
         model.save(policy, encoder, run.output / "model", config.merge)
+
+
+def announce(run: checkpoint.Run, samples: list[data.Sample], rejected: list[data.Rejected],
+             pools: dict[str, list[data.Sample]], where: str) -> None:
+    """Say what there is to train on, what not, and what a resumed run has to say."""
+    silent = len(samples) - min(map(len, pools.values()))
+    launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
+               f"{len(data.missing(samples))} videos missing; {where}")
+    for note in (*(f"rejected {item}" for item in rejected), *run.notes):
+        launch.say(note)
 
 
 def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
@@ -200,7 +230,7 @@ def sample_groups(config: Config, policy: model.Policy, encoder: model.Encoder, 
             texts = encoder.decode(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1))         # B * G
             rewards = task.reward(texts, [picked.item for picked in some for _ in range(config.group_size)])
             totals = torch.tensor([reward.total for reward in rewards]).view(len(some), -1)                 # (B, G)
-            advantage = grpo.advantages(totals)                                                             # Eq. 3
+            advantage = grpo.advantages(totals, config.scale_rewards == "std")                              # Eq. 3
             passes.append(Pass(prompts, rollouts, advantage.to(rollouts.mask.device)))
             rows += describe(some, rollouts, texts, rewards, advantage, encoder.stop_ids)
     return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
@@ -234,26 +264,72 @@ def summarise(task: tasks.Task, rows: list[dict], group_size: int) -> dict[str, 
 
 def take_step(config: Config, policy: model.Policy, reference: model.Policy | None, optimizer: torch.optim.Optimizer,
               passes: list[Pass], numbers: dict[str, float], world: int) -> dict[str, float]:
-    """One AdamW step on all passes of all processes; returns the numbers of the step with its own. It is left out when
-    one of them is not finite: all processes see the same numbers."""
-    total, sums = config.prompts_per_step * config.group_size, torch.zeros(3)
-    for each in passes:
-        score = partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
-                        mask=each.rollouts.mask, temperature=config.temperature)
-        with torch.no_grad(), lora.reference(reference):
-            ref_logp = score(reference) if reference is not None else None
-        logp = score(policy)                                                                # (B, G, C)
-        loss, kl = grpo.loss(logp, logp.detach(), ref_logp, each.advantage, each.rollouts.mask, config.beta, total)
-        (loss * world).backward()       # FSDP averages the gradients over the processes; the loss wants their sum
-        sums += torch.stack([loss.detach(), kl, (logp.detach() - each.rollouts.logprobs).abs().sum()]).cpu()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    loss, kl, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
-    numbers = {**numbers, "kl": kl, "loss": loss, "mismatch": mismatch / (numbers["tokens"] * total),
-               "grad_norm": launch.full_norm(norm)}
-    if not launch.not_finite(numbers):
+    """--updates AdamW steps on all passes of all processes; returns the numbers of the step with those of the last one.
+    One of whose numbers some are not finite is left out, and so are those after it: all processes see the same."""
+    total = config.prompts_per_step * config.group_size
+    tokens = {"grpo": None, "bnpo": numbers["tokens"] * total, "dr_grpo": float(config.max_tokens * total)}[config.loss]
+    scores = [partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
+                      mask=each.rollouts.mask, temperature=config.temperature) for each in passes]
+    with torch.no_grad(), lora.reference(reference):
+        ref_logps = [score(reference) if reference is not None else None for score in scores]
+    numbers, old_logps = {**numbers, "updates": 0}, []      # of pi_old, the policy before the first update
+    for update in range(1, config.updates + 1):
+        sums = torch.zeros(4)
+        for i, each in enumerate(passes):
+            logp = scores[i](policy)                                                        # (B, G, C)
+            old_logps += [logp.detach()] * (update == 1)
+            loss, kl, clipped = grpo.loss(logp, old_logps[i], ref_logps[i], each.advantage, each.rollouts.mask,
+                                          config.beta, total, tokens, config.clip)
+            (loss * world).backward()   # FSDP averages the gradients over the processes; the loss wants their sum
+            mismatch = (old_logps[i] - each.rollouts.logprobs).abs().sum()
+            sums += torch.stack([loss.detach(), kl, clipped, mismatch]).cpu()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        loss, kl, clipped, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
+        numbers |= {"kl": kl, "loss": loss, "clipped": clipped, "mismatch": mismatch / (numbers["tokens"] * total),
+                    "grad_norm": launch.full_norm(norm)}
+        if launch.not_finite(numbers):
+            break
         optimizer.step()
+        optimizer.zero_grad()
+        numbers["updates"] = update
     optimizer.zero_grad()
     return numbers
+
+
+def read_held_out(config: Config) -> list[data.Sample]:
+    """The queries to evaluate on, for every seed the same ones; none without --eval_annotations."""
+    if not config.eval_annotations:
+        return []
+    try:
+        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
+                                      config.allow_outside)
+    except data.AnnotationError as error:
+        raise ValueError(str(error).replace("--annotations", "--eval_annotations")
+                         .replace("--videos", "--eval_videos")) from error
+    chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])
+    if launch.start_process()[0] == 0:
+        launch.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
+                   f"{len(rejected)} rejected")
+    return [samples[i] for i in chosen]
+
+
+def open_evaluations(config: Config, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
+                     encoder: model.Encoder, load: Loader) -> Callable[[], None]:
+    """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
+    logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
+    if not samples:
+        return lambda: None
+    settings = evaluate.Config(config.eval_annotations, max_tokens=config.max_tokens, workers=config.workers)
+    evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
+
+    def evaluate_if_due() -> None:
+        if evaluations.due(run.step):
+            began = time.perf_counter()
+            with sharding.gathered(policy):
+                rows = evaluate.predict_with(settings, policy, encoder, load, samples)
+            scores = {"step": run.step, **evaluate.summarise(rows), "seconds": time.perf_counter() - began}
+            evaluations.add(scores, partial(model.save, policy, encoder))
+    return evaluate_if_due
 
 
 def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[dict, list[dict], float], None]:
@@ -277,7 +353,8 @@ def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[
         launch.say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                              for key, value in numbers.items()))
         if skipped:
-            launch.say(f"step {numbers['step']} changes nothing: {', '.join(skipped)} not finite")
+            changes = f"stops after {done} update(s)" if (done := numbers["updates"]) else "changes nothing"
+            launch.say(f"step {numbers['step']} {changes}: {', '.join(skipped)} not finite")
         for error in sorted(set(bad) - named):
             launch.say(f"replaced by another sample: {error}")
         named.update(bad)

@@ -31,7 +31,7 @@ from support import launch, lora
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
               "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "checkpoint_activations", "merge"}    # of a resumed run
+              "checkpoint_activations", "merge", "eval_every", "eval_videos"}     # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
 
@@ -235,9 +235,9 @@ class Run:
         return stopping
 
 
-def rewind(path: str | Path, step: int) -> None:
+def rewind(path: str | Path, step: int, gaps: bool = False) -> None:
     """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written
-    again. Says so when lines of steps before it are missing."""
+    again. Says so when lines of steps before it are missing, unless it has `gaps`."""
     lines, last = [], -1
     for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
         try:
@@ -248,6 +248,6 @@ def rewind(path: str | Path, step: int) -> None:
             break
         lines.append(line)
         last = written
-    if last < step - 1:
+    if last < step - 1 and not gaps:
         launch.say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is behind")
     launch.write_whole(path, "".join(lines))

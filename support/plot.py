@@ -27,6 +27,7 @@ PANELS = [   # title, key, label of the y axis, its upper end (None: the data's)
     ("Truncated completions", "truncated", "share of completions", 1),
     ("Flat groups (all rewards equal)", "flat", "share of groups", 1),
     ("Gradient norm", "grad_norm", "norm before clipping", None)]
+HELD_OUT = ("Held-out answers, greedy (TVG: mIoU)", "held_out", "mean of the task's own reward", 1)   # where there are
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -53,24 +54,44 @@ def read_metrics(path: str | Path) -> list[dict]:
     return steps
 
 
+def read_evaluations(path: str | Path) -> list[dict]:
+    """The scores in the evaluations.jsonl beside a metrics.jsonl, none where there is none: dicts of step, task, and
+    under "held_out" mIoU for TVG, or what another task has under its name, in capitals. Torn lines are left out."""
+    path, found = (Path(path) if Path(path).is_dir() else Path(path).parent) / "evaluations.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            found += [{"step": int(row["step"]), "task": "TVG" if name == "mIoU" else name, "held_out": float(value)}
+                      for name, value in row.items() if name == "mIoU" or name.isalpha() and name.isupper()]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            continue
+    return found
+
+
 def curves(metrics_files: str | Path | dict[str, str | Path], out_png: str | Path) -> None:
     """Draw the logs of one run (a path) or of several ({name: path}, told apart by line style) into a PNG.
 
-    A panel a quantity and a colour a task: faint points are steps, lines running means. ValueError: a bad log.
+    A panel a quantity and a colour a task: faint points are steps, lines running means, but those of held-out scores,
+    where a run has them, join the points. ValueError: a bad log.
     """
     files = metrics_files if isinstance(metrics_files, dict) else {"": metrics_files}
     runs = {name: read_metrics(path) for name, path in files.items()}
+    scored = {name: read_evaluations(path) for name, path in files.items()}
+    runs = {name: steps + scored[name] for name, steps in runs.items()}
+    panels = [*PANELS, HELD_OUT] if any(scored.values()) else PANELS
     present = {step["task"] for steps in runs.values() for step in steps}
     new = dict(zip(sorted(present - COLOURS.keys()), cycle(NEW_TASKS)))
     tasks = {task: colour for task, colour in {**COLOURS, **new}.items() if task in present}
     styles = dict(zip(runs, ["-", "--", ":", "-."] * len(runs)))
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
-    for axis, (title, key, label, top) in zip(axes.flat, PANELS):
+    rows, columns = (2, 4) if len(panels) == 8 else (3, 3)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.5 * rows), layout="constrained")
+    for axis, (title, key, label, top) in zip(axes.flat, panels):
         for (name, steps), (task, colour) in ((run, task) for run in runs.items() for task in tasks.items()):
             points = [(s["step"], s[key]) for s in steps if s["task"] == task and s.get(key) is not None]
             if points:
                 x, y = np.array(points, dtype=float).T   # (n,), (n,)
-                kernel = np.ones((min(max(len(y) // 8, 5), len(y)) - 1) | 1)   # odd, so that the mean is centred
+                size = 1 if key == "held_out" else (min(max(len(y) // 8, 5), len(y)) - 1) | 1
+                kernel = np.ones(size)   # odd, so that the mean is centred
                 mean = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
                 axis.plot(x, y, ".", color=colour, alpha=0.3 / len(runs) ** 0.5, markersize=6, markeredgewidth=0)
                 axis.plot(x, mean, styles[name], color=colour, linewidth=1.8)

@@ -41,9 +41,10 @@ def pick_all(items: Sequence, indices: Iterable[int], seed: int, make: Callable,
 
 
 @contextmanager
-def prefetched(make: Callable, items: Sequence, load: Loader) -> Iterator[Iterator[tuple]]:
+def prefetched(make: Callable, items: Sequence, load: Loader | None) -> Iterator[Iterator[tuple]]:
     """An iterator over (item, make(item)), which makes the next one in a thread while this one is used. At the end of
-    the block, however it ends, nothing is waited for: `load` is stopped, on which `make` fails."""
+    the block, however it ends, nothing is waited for: `load` is stopped, on which `make` fails. With None, what is
+    being made is waited for."""
     def ahead() -> Iterator[tuple]:
         upcoming = [background.submit(make, item) for item in items[:1]]
         for number, item in enumerate(items, 1):
@@ -55,4 +56,5 @@ def prefetched(make: Callable, items: Sequence, load: Loader) -> Iterator[Iterat
         try:
             yield ahead()
         finally:
-            load.stop()
+            if load:
+                load.stop()

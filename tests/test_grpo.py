@@ -1,6 +1,7 @@
 """The shared-prefix forms against the plain, repeated ones; advantages and loss against the formulas by hand."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -143,6 +144,11 @@ def test_advantages_by_hand():
     assert (grpo.advantages(torch.full((1, 8), 1.6153846)) == 0).all()      # whose fp32 mean is another number
 
 
+def test_advantages_without_a_scale():
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.7, 0.7, 0.7, 0.7]])
+    torch.testing.assert_close(grpo.advantages(rewards, scale=False), torch.tensor([[-2.0, -1, 0, 3], [0] * 4]))
+
+
 def test_groups_are_normalised_on_their_own():
     rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     other = rewards.clone()
@@ -157,7 +163,7 @@ def test_loss_by_hand():
     k3 = lambda difference: math.exp(difference) - difference - 1
     first = ((math.exp(0.2) * 2 - 0.1 * k3(0.0)) + (1 * 2 - 0.1 * k3(0.5))) / 2
     second = 1 * -1 - 0.1 * k3(-0.2)
-    loss, kl = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, total=2)
+    loss, kl, _ = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, total=2)
     assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-6)
     assert kl.item() == pytest.approx(((k3(0.0) + k3(0.5)) / 2 + k3(-0.2)) / 2, rel=1e-6)
 
@@ -172,17 +178,56 @@ def test_loss_equals_the_published_form():
     kl = torch.exp(flat_ref - flat) - (flat_ref - flat) - 1
     per_token = -(torch.exp(flat - flat.detach()) * advantage.flatten()[:, None] - 0.04 * kl)
     published = ((per_token * flat_mask).sum(1) / flat_mask.sum(1)).mean()
-    ours, _ = grpo.loss(logp, logp.detach(), ref, advantage, mask, 0.04, 6)
+    ours, *_ = grpo.loss(logp, logp.detach(), ref, advantage, mask, 0.04, 6)
     gradients = [torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (ours, published)]
     torch.testing.assert_close(ours, published)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo"])
+def test_losses_equal_their_published_forms(kind):
+    """GRPO: the mean over i of 1/|o_i| sum_t; token-level: 1/sum |o_i| sum_it; Dr. GRPO: the mean over i of sum_t / the
+    longest. The gain is PPO's min(r A, clip(r) A); in two parts, of a prompt each, all add up."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
+    old, ref = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
+    advantage, lengths = torch.randn(2, 3, generator=generator), torch.tensor([[5, 1, 3], [2, 4, 5]])
+    mask, sums, clipped, longest, eps = (torch.arange(5) < lengths[..., None]).long(), [], [], 12, 0.2
+    for b, g in [(b, g) for b in range(2) for g in range(3)]:
+        size, a, tokens = lengths[b, g], advantage[b, g], []
+        for t in range(size):
+            r, u = (logp[b, g, t] - old[b, g, t]).exp(), ref[b, g, t] - logp[b, g, t]
+            tokens.append(min(r * a, r.clamp(1 - eps, 1 + eps) * a) - 0.04 * (u.exp() - u - 1))
+        sums.append(-sum(tokens))
+        away = (logp - old).exp()[b, g, :size]
+        clipped.append((away > 1 + eps if a > 0 else away < 1 - eps).float().mean())
+    divisor = {"grpo": lengths.flatten(), "bnpo": lengths.sum() / 6, "dr_grpo": longest}[kind]
+    published = (torch.stack(sums) / divisor).mean()
+    tokens = {"grpo": None, "bnpo": 20.0, "dr_grpo": longest * 6.0}[kind]
+    parts = [grpo.loss(logp[b], old[b], ref[b], advantage[b], mask[b], 0.04, 6, tokens, eps)
+             for b in (slice(0, 1), slice(1, 2))]
+    ours = sum(part[0] for part in parts)
+    torch.testing.assert_close(ours, published)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (ours, published)))
+    assert sum(part[2] for part in parts).item() == pytest.approx(np.mean(clipped)) and 0.1 < np.mean(clipped) < 0.9
+
+
+def test_clipping_changes_no_bit_of_a_first_update():
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
+    args = None, torch.randn(2, 3, generator=generator), torch.ones(2, 3, 5).long(), 0.0, 6, None
+    one, other = (grpo.loss(logp, logp.detach(), *args, clip)[0] for clip in (0.2, math.inf))
+    gradients = [torch.autograd.grad(loss, logp)[0] for loss in (one, other)]
+    plain = -(torch.exp(logp - logp.detach()) * args[1][..., None] * (args[2] / (5 * 6))).sum()
+    assert one == other == plain and torch.equal(*gradients)
+    assert torch.equal(gradients[0], torch.autograd.grad(plain, logp)[0])
 
 
 def test_first_step_is_the_policy_gradient():
     """Ratio 1: the loss is minus the mean advantage, the gradient of a token -A / (tokens * completions)."""
     logp = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]])                     # the last 1 of a row is its stop token
-    loss, kl = grpo.loss(logp, logp.detach(), None, torch.tensor([[1.5, -0.5]]), mask, 0.04, 2)
+    loss, kl, _ = grpo.loss(logp, logp.detach(), None, torch.tensor([[1.5, -0.5]]), mask, 0.04, 2)
     loss.backward()
     assert loss.item() == pytest.approx(-(1.5 - 0.5) / 2, abs=1e-6) and kl.item() == 0
     expected = torch.tensor([[[-1.5 / 6, -1.5 / 6, -1.5 / 6, 0], [0.5 / 4, 0.5 / 4, 0, 0]]])
@@ -198,7 +243,7 @@ def test_training_on_one_batch_raises_the_rewarded_completion(tiny, prompts):
     losses = []
     for _ in range(5):
         logp = grpo.logprobs(policy, prompts, completions, mask)
-        loss, _ = grpo.loss(logp, old, old, advantage, mask, 0.01, 4)
+        loss, *_ = grpo.loss(logp, old, old, advantage, mask, 0.01, 4)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -97,24 +97,25 @@ def their_logprobs(trainer, batch):
         return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, kept)[0].view(2, 4, -1)
 
 
-def their_loss(trainer):
+def their_loss(trainer, **changes):
     """(loss, gradients by name)"""
-    loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+    loss = trainer.compute_loss(trainer.model, {**batch_of(trainer), **changes})
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-def our_loss(prompts, ours, pieces=1):
-    """(loss, gradients by name), in one pass or in two, of a prompt each."""
+def our_loss(prompts, ours, pieces=1, scale=True, old_logp=None, **flags):
+    """(loss, gradients by name), in one pass or in two, of a prompt each. `flags` of grpo.loss; old_logp None: pi's."""
     policy, reference, completions, mask = ours
     policy.zero_grad()
-    advantage, losses = grpo.advantages(REWARDS), []
+    advantage, losses = grpo.advantages(REWARDS, scale), []
     for rows in torch.arange(2).chunk(pieces):
         some = [[prompts[b] for b in rows], completions[rows], mask[rows]]
         with torch.no_grad():
             ref_logp = grpo.logprobs(reference, *some)
         logp = grpo.logprobs(policy, *some)
-        losses.append(grpo.loss(logp, logp.detach(), ref_logp, advantage[rows], mask[rows], BETA, 8)[0])
+        old = logp.detach() if old_logp is None else old_logp[rows]
+        losses.append(grpo.loss(logp, old, ref_logp, advantage[rows], mask[rows], BETA, 8, **flags)[0])
         losses[-1].backward()
     return sum(losses).detach(), {name: p.grad for name, p in policy.qwen.named_parameters() if p.grad is not None}
 
@@ -174,6 +175,29 @@ def test_loss_and_gradients(peer, prompts, ours):
     assert apart(gradients, their_gradients) < 2e-5
     for name, gradient in gradients.items():
         assert (gradient - their_gradients[name]).norm() < 3e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("kind, scale", [("bnpo", True), ("dr_grpo", True), ("grpo", False), ("dr_grpo", False)])
+def test_other_losses_and_gradients(peer, prompts, ours, kind, scale):
+    """--loss and --scale_rewards, in two passes of a prompt each."""
+    trainer = peer(loss_type=kind, scale_rewards="group" if scale else "none")
+    tokens = {"grpo": None, "bnpo": float(LENGTHS.sum()), "dr_grpo": 8.0 * trainer.args.max_completion_length}[kind]
+    (loss, gradients), (their, their_gradients) = our_loss(prompts, ours, 2, scale, tokens=tokens), their_loss(trainer)
+    assert abs(loss - their) < 5e-7 and abs(loss) > 1e-4 and apart(gradients, their_gradients) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo"])
+def test_clipping(peer, prompts, ours, kind):
+    """A policy that has moved since it sampled, so that tokens are clipped on both sides; not so without --clip."""
+    policy, _, completions, mask = ours
+    trainer, tokens = peer(loss_type=kind), float(LENGTHS.sum()) if kind == "bnpo" else None
+    with torch.no_grad():
+        logp = grpo.logprobs(policy, prompts, completions, mask)
+    old = logp + 0.3 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2)) * mask
+    their, their_gradients = their_loss(trainer, old_per_token_logps=old.flatten(0, 1))
+    loss, gradients = our_loss(prompts, ours, 2, old_logp=old, tokens=tokens, clip=0.2)
+    assert abs(loss - their) < 5e-7 and apart(gradients, their_gradients) < 2e-5
+    assert apart(our_loss(prompts, ours, 2, old_logp=old, tokens=tokens)[1], their_gradients) > 0.01
 
 
 @pytest.mark.parametrize("change", [{"loss_type": "bnpo"}, {"loss_type": "dapo"}, {"use_bias_correction_kl": True},

@@ -127,3 +127,19 @@ def test_examples(tmp_path, frames, height, width):
     ]
     plot.examples(rows, tmp_path / "examples.png")
     check(tmp_path / "examples.png", 1200, 500)
+
+
+def test_held_out_scores_have_a_panel(tmp_path):
+    """Of the run that has them: mIoU in TVG's colour, a task's accuracy in its own, also of a task not trained on."""
+    runs = {name: log(tmp_path / name / "metrics.jsonl", 30, tasks=("TVG",)).parent for name in "ab"}
+    row = {"queries": 9, "R1@0.5": 0.4, "mIoU_95": [0.1, 0.9], "note": "few", "format": 1.0}
+    (tmp_path / "a" / "evaluations.jsonl").write_text("".join(
+        json.dumps({"step": step, **row, "mIoU": 0.5 + step / 100, "VC": 0.9}) + "\n" for step in (0, 20)) + '{"st')
+    assert plot.read_evaluations(runs["b"]) == plot.read_evaluations(tmp_path / "none.jsonl") == []
+    assert plot.read_evaluations(runs["a"] / "metrics.jsonl") == [
+        {"step": 0, "task": "TVG", "held_out": 0.5}, {"step": 0, "task": "VC", "held_out": 0.9},
+        {"step": 20, "task": "TVG", "held_out": 0.7}, {"step": 20, "task": "VC", "held_out": 0.9}]
+    plot.curves(runs, tmp_path / "both.png")
+    check(tmp_path / "both.png", 1500, 1300)
+    plot.curves(runs["b"], tmp_path / "b.png")
+    assert shown(tmp_path / "both.png", plot.COLOURS["VC"]) > 300 and not shown(tmp_path / "b.png", plot.COLOURS["VC"])

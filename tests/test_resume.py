@@ -184,9 +184,9 @@ def poison_rank_1(rank):
     loss, calls = grpo.loss, []
 
     def poisoned(*args):
-        value, kl = loss(*args)
+        value, *others = loss(*args)
         calls.append(1)
-        return (value * float("nan") if rank == 1 and len(calls) > 1 else value), kl
+        return (value * float("nan") if rank == 1 and len(calls) > 1 else value), *others
 
     grpo.loss = poisoned
 
@@ -220,8 +220,8 @@ def test_a_step_that_is_not_finite_changes_nothing(unbroken, tmp_path, monkeypat
         return numbers
 
     def poisoned_loss(*args):
-        value, kl = loss(*args)
-        return value * (float("nan") if fault == "loss" and len(calls) == 2 else 1), kl
+        value, *others = loss(*args)
+        return value * (float("nan") if fault == "loss" and len(calls) == 2 else 1), *others
 
     def poisoned_clip(parameters, length):
         parameters = list(parameters)

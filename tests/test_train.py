@@ -162,6 +162,7 @@ def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path,
 
 @pytest.mark.parametrize("flags, words", [
     ({"tvg_prob": 1.5}, "--tvg_prob 1.5"), ({"group_size": 1}, "--group_size 1"), ({"tasks": ["XX"]}, "XX.*VC AR VD"),
+    ({"loss": "ppo"}, "--loss ppo: .*bnpo"), ({"scale_rewards": "batch"}, "--scale_rewards batch: .*std, none"),
     ({"prompts_per_step": 0}, "--prompts_per_step 0"), ({"model": "nowhere"}, "nowhere.*--model"),
     ({"annotations": "nowhere.txt"}, "nowhere.txt.*--annotations"), ({"videos": "nowhere"}, "nowhere.*--videos")])
 def test_wrong_flags_are_named(folder, warm, tmp_path, flags, words):

@@ -88,7 +88,7 @@ def step(config: Config, way: str, policy: model.Policy, reference: model.Policy
         ref_logp = logprobs(reference, prompts, completions, mask)
     with timed(seconds, "forward"):
         logp = logprobs(policy, prompts, completions, mask)
-        loss, _ = grpo.loss(logp, logp.detach(), ref_logp, advantage, mask.to(DEVICE), 0.04, size[0] * size[1])
+        loss, *_ = grpo.loss(logp, logp.detach(), ref_logp, advantage, mask.to(DEVICE), 0.04, size[0] * size[1])
     with timed(seconds, "backward"):
         loss.backward()
     with timed(seconds, "optimizer"):

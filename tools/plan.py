@@ -32,6 +32,7 @@ class Config:
     max_tokens: int = flag(1024, "longest completion; every one is counted as that long")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
     beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
+    updates: int = flag(1, "AdamW steps a rollout")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
@@ -85,9 +86,9 @@ def forward_operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, i
 
 
 def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
-               reference: bool = True, freeze_vision: bool = False) -> dict[str, dict[str, int]]:
+               reference: bool = True, freeze_vision: bool = False, updates: int = 1) -> dict[str, dict[str, int]]:
     """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones. What a frozen
-    vision tower sees while sampling serves for reference and policy, too."""
+    vision tower sees while sampling serves for reference and policy, too. Each of the `updates` scores the policy."""
     once = forward_operations(config, prompt, grid, group_size, tokens)
     decoded = forward_operations(config, prompt, grid, group_size, tokens - 1)              # nothing follows the last
     phases = {"prefill": {"vision": once["vision"], "prompt": once["prompt"]},
@@ -95,7 +96,7 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
     scored = {part: count for part, count in once.items() if part != "vision" or not freeze_vision}
     if reference:
         phases["reference"] = scored
-    phases["policy"] = {part: 3 * count for part, count in scored.items()}
+    phases["policy"] = {part: 3 * updates * count for part, count in scored.items()}
     return phases
 
 
@@ -160,7 +161,7 @@ def peak(parts: dict[str, dict[str, float]]) -> float:
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     launch.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
-                         "samples", "seconds")
+                         "samples", "seconds", "updates")
     if config.group_size < 2:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     model.check_config(config.model)
@@ -200,7 +201,7 @@ def report(config: Config) -> str:
               f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
               f"fits: {largest(config.checkpoint_activations)}"
               + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
-    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze)
+    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, config.updates)
     work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
     work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * 2 * sizes["total"] / BANDWIDTH)
     work["policy"] *= 4 / 3 if config.checkpoint_activations else 1
