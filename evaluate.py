@@ -29,12 +29,14 @@ support/answers.py lists; "lenient" counts the answers that needed it.
 """
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +47,11 @@ import grpo
 import model
 import rewards
 import tasks
-from support import answers, checkpoint, launch, lora, scores, stream
+from support import answers, checkpoint, launch, lora, scores, sharding, stream
+from support.best import Evaluations
 from support.launch import flag
 from support.loader import Loader
+from support.logs import Logs
 from support.video import TOTAL_PIXELS, Clip, VideoError
 
 
@@ -88,7 +92,7 @@ def main(config: Config) -> dict[str, float | list[float] | str]:
     elif config.fixed_answer:
         rows, more = score_fixed_answer(data.read(config.fixed_answer, None)[0], samples)
     else:
-        rows, more = predict(config, swap_queries(samples) if config.swap_queries else samples), {}
+        rows, more = predict(config, scores.swap_queries(samples) if config.swap_queries else samples), {}
     found = {**summarise(rows, lost, {sample.id: sample.qid for sample in samples}), **more,
              "rejected": len(rejected), "rejected_as_0": len(lost)}
     if config.predictions:
@@ -150,6 +154,45 @@ def predict_with(config: Config, policy: model.Policy, encoder: model.Encoder, l
             rows += answer_batch(config, policy, encoder, batch, prompts)
     found = {(row["task"], row["id"]): row for row in launch.gather(rows)}
     return [found[name] for name in chosen]
+
+
+def read_held_out(config: Any) -> list[data.Sample]:
+    """The queries that a train.Config asks to evaluate on, for every seed the same ones; none without
+    --eval_annotations."""
+    if not config.eval_annotations:
+        return []
+    try:
+        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
+                                      config.allow_outside)
+    except data.AnnotationError as error:
+        raise ValueError(str(error).replace("--annotations", "--eval_annotations")
+                         .replace("--videos", "--eval_videos")) from error
+    chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])
+    if launch.start_process()[0] == 0:
+        launch.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
+                   f"{len(rejected)} rejected")
+    return [samples[i] for i in chosen]
+
+
+def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
+                   encoder: model.Encoder, load: Loader) -> Callable[[Logs | None], None]:
+    """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
+    logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
+    if not samples:
+        return lambda _: None
+    settings = Config(config.eval_annotations, max_tokens=config.max_tokens, workers=config.workers)
+    evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
+
+    def evaluate_if_due(log: Logs | None) -> None:
+        if evaluations.due(run.step):
+            began = time.perf_counter()
+            with sharding.gathered(policy):
+                rows = predict_with(settings, policy, encoder, load, samples)
+            row = {"step": run.step, **summarise(rows), "seconds": time.perf_counter() - began}
+            evaluations.add(row, partial(model.save, policy, encoder))
+            if log:
+                log.evaluation(row)
+    return evaluate_if_due
 
 
 @dataclass(frozen=True)
@@ -283,23 +326,6 @@ def score_predictions(path: str, samples: list[data.Sample], lost: list[data.Sam
     counts["failed"] = sum(bool(row.get("error")) for row in rows) - counts["missing"]
     counts["lenient"] = sum(bool(row.get("lenient")) for row in rows)
     return rows, counts
-
-
-def swap_queries(samples: list[data.Sample]) -> list[data.Sample]:
-    """The samples with another event in their video, each with that one's query, the next in the file. A model that
-    grounds finds that event and scores about 0; one that guesses scores as before."""
-    disjoint = lambda a, b: a.query != b.query and (a.end <= b.start or b.end <= a.start)
-    swapped, videos = [], {}
-    for sample in samples:
-        videos.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)
-    for sample in samples:
-        of_one = videos[sample.video, sample.video_start, sample.video_end]
-        place = of_one.index(sample)
-        others = [other for other in of_one[place + 1:] + of_one[:place] if disjoint(sample, other)]
-        swapped += [replace(sample, query=others[0].query)] if others else []
-    if not swapped:
-        raise ValueError("--swap_queries: no video has two queries whose segments do not overlap")
-    return swapped
 
 
 def score_fixed_answer(learn: list[data.Sample], samples: list[data.Sample]) -> tuple[list[dict], dict]:

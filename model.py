@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 from support import attention, lora
 from support.attention import Decoding, Packed
 from support.folders import ModelError, brief, check_config
+from support.hub import local_folder
 from support.lora import check_folder
 from support.video import Clip
 
@@ -257,13 +258,14 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
          lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors, or one of adapters, whose
-    model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters that learn, see support/lora.py.
+    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
+    hub, or from a folder of adapters, whose model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters
+    that learn, see support/lora.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
     check_folder(folder)
-    folder, adapters = lora.base(folder), folder
+    folder, adapters = lora.base(folder), local_folder(folder)
     # Of tokenizers and models in another form than they expect, transformers and torch raise any Exception.
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

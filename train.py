@@ -20,10 +20,8 @@ main), and those that grpo.py, tasks.py, rewards.py and support/video.py list.
 """
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,9 +35,9 @@ import grpo
 import model
 import tasks
 from support import checkpoint, launch, lora, sharding, stream
-from support.best import Evaluations
 from support.launch import flag
 from support.loader import Loader
+from support.logs import Logs, check_board
 from support.video import TOTAL_PIXELS
 
 
@@ -94,6 +92,7 @@ class Config:
                                 "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
     resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
+    tensorboard: bool = flag(False, "write the numbers for TensorBoard, too, to --output/tensorboard")
     max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
                                   "such steps change nothing")
 
@@ -115,6 +114,8 @@ def check_flags(config: Config, world: int) -> None:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
+    if config.tensorboard:
+        check_board()
     model.check_folder(config.model)
     lora.check_flags(config)
 
@@ -130,7 +131,7 @@ def main(config: Config) -> None:
     for name, pool in pools.items():
         if not pool:
             raise ValueError(f"{config.annotations}: no query with a verb, so no {name}; give --tvg_prob 1")
-    held_out = read_held_out(config)
+    held_out = evaluate.read_held_out(config)
     policy, reference, encoder = load_models(config, device)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -152,9 +153,9 @@ def main(config: Config) -> None:
         return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)
 
     with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
-        log = open_logs(run.output, rank, config.group_size, run.step)
-        evaluate_if_due = open_evaluations(config, run, held_out, policy, encoder, load)
-        evaluate_if_due()
+        evaluate_if_due = evaluate.while_training(config, run, held_out, policy, encoder, load)
+        log = Logs(run.output, config.group_size, run.step, config.tensorboard) if rank == 0 else None
+        evaluate_if_due(log)
         began = time.perf_counter()
         for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
                                         dynamic_ncols=True):
@@ -166,11 +167,13 @@ def main(config: Config) -> None:
                 numbers = take_step(config, policy, reference, optimizer, passes, numbers, world)
             else:   # nothing to learn: Adam would take a step of full size on the tiny gradient of the KL term
                 numbers |= {**dict.fromkeys(("kl", "loss", "clipped", "mismatch")), "grad_norm": 0.0, "updates": 0}
-            log({"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
-                 "lr": optimizer.param_groups[0]["lr"]}, rows, time.perf_counter() - began)
+            numbers = {"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
+                       "lr": optimizer.param_groups[0]["lr"]}
+            if log:
+                log.step(numbers, rows, time.perf_counter() - began)
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
-            evaluate_if_due()
+            evaluate_if_due(log)
             began = time.perf_counter()
         model.save(policy, encoder, run.output / "model", config.merge)
 
@@ -294,71 +297,6 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
         numbers["updates"] = update
     optimizer.zero_grad()
     return numbers
-
-
-def read_held_out(config: Config) -> list[data.Sample]:
-    """The queries to evaluate on, for every seed the same ones; none without --eval_annotations."""
-    if not config.eval_annotations:
-        return []
-    try:
-        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
-                                      config.allow_outside)
-    except data.AnnotationError as error:
-        raise ValueError(str(error).replace("--annotations", "--eval_annotations")
-                         .replace("--videos", "--eval_videos")) from error
-    chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])
-    if launch.start_process()[0] == 0:
-        launch.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
-                   f"{len(rejected)} rejected")
-    return [samples[i] for i in chosen]
-
-
-def open_evaluations(config: Config, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
-                     encoder: model.Encoder, load: Loader) -> Callable[[], None]:
-    """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
-    logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
-    if not samples:
-        return lambda: None
-    settings = evaluate.Config(config.eval_annotations, max_tokens=config.max_tokens, workers=config.workers)
-    evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
-
-    def evaluate_if_due() -> None:
-        if evaluations.due(run.step):
-            began = time.perf_counter()
-            with sharding.gathered(policy):
-                rows = evaluate.predict_with(settings, policy, encoder, load, samples)
-            scores = {"step": run.step, **evaluate.summarise(rows), "seconds": time.perf_counter() - began}
-            evaluations.add(scores, partial(model.save, policy, encoder))
-    return evaluate_if_due
-
-
-def open_logs(output: Path, rank: int, group_size: int, step: int) -> Callable[[dict, list[dict], float], None]:
-    """log(numbers, rows, seconds): a console line and a metrics.jsonl line a step, one completion of each group in
-    samples.jsonl, and once the name of every video that had to be replaced; only the first process writes. What an
-    earlier run wrote from `step` on is taken out first."""
-    if rank > 0:
-        return lambda *_: None
-    named = set()
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        checkpoint.rewind(output / name, step)
-
-    def log(numbers: dict, rows: list[dict], seconds: float) -> None:
-        bad = [error for row in rows for error in row.pop("bad_videos")]
-        skipped = launch.not_finite(numbers)
-        numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,
-                   "tokens_per_second": sum(row["tokens"] for row in rows) / seconds}
-        launch.append(output / "metrics.jsonl", [numbers])
-        launch.append(output / "samples.jsonl", [{"step": numbers["step"], "task": numbers["task"], **row}
-                                                 for row in rows[::group_size]])
-        launch.say("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                             for key, value in numbers.items()))
-        if skipped:
-            changes = f"stops after {done} update(s)" if (done := numbers["updates"]) else "changes nothing"
-            launch.say(f"step {numbers['step']} {changes}: {', '.join(skipped)} not finite")
-        for error in sorted(set(bad) - named):
-            launch.say(f"replaced by another sample: {error}")
-        named.update(bad)
-    return log
 
 
 if __name__ == "__main__":

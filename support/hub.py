@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: Qwen/Qwen2.5-VL-3B-Instruct, or with @revision behind it."""
+"""Models by their name on the Hugging Face hub, Qwen/Qwen2.5-VL-3B-Instruct, or with @ and a revision behind it."""
 import json
 import os
 import re
@@ -17,10 +17,10 @@ NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 @lru_cache
 def local_folder(model: str) -> str:
-    """The folder of a model: `model` itself if it is one, or else, if it is a name on the hub, that in the Hugging Face
-    cache, downloaded where it is not there as a whole. Raises ModelError when it cannot be."""
+    """The folder of a model: for a name on the hub that in the Hugging Face cache, downloaded where it is not there as
+    a whole; anything else is `model` itself. Raises ModelError when it cannot be downloaded."""
     name = NAME.fullmatch(model)
-    if name is None or os.path.exists(model):
+    if name is None or os.path.exists(os.path.dirname(model)):      # in that case, a folder that is misspelt
         return model
     asked = {"repo_id": name[1], "revision": name[2], "allow_patterns": FILES}
     try:
@@ -35,8 +35,9 @@ def local_folder(model: str) -> str:
         return snapshot_download(**asked)
     except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, ValueError) as error:
         revision = f" --revision {name[2]}" if name[2] else ""
-        raise ModelError(f"--model {model}: no such folder, not whole in the Hugging Face cache, and not to be downloaded "
-                         f"({brief(error)[:200]}); where there is a network: hf download {name[1]}{revision}") from error
+        raise ModelError(f"{model}: there is no such folder, the Hugging Face cache has not all of its files, and they "
+                         f"cannot be downloaded ({brief(error)[:150]}...); where there is a network, get them: hf "
+                         f"download {name[1]}{revision}") from error
 
 
 def is_whole(folder: str) -> bool:

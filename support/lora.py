@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from support import folders
 from support.folders import FLOATS, ModelError, brief
+from support.hub import local_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -40,9 +41,11 @@ def base(folder: str) -> str:
     """The model folder that the adapters in `folder` belong to, or `folder` itself where it holds none.
 
     Raises ModelError when it is not there."""
+    folder = local_folder(folder)
     if not Path(folder, CONFIG).exists():
         return folder
     path = peft_config(folder).get("base_model_name_or_path")
+    path = local_folder(path) if isinstance(path, str) else path
     if not isinstance(path, str) or not Path(path, "config.json").is_file() or Path(path, CONFIG).exists():
         raise ModelError(f"{folder}: the model of its adapters, {path!r}, is not there; write the path of its folder "
                          f"to base_model_name_or_path in {CONFIG}")
@@ -51,11 +54,13 @@ def base(folder: str) -> str:
 
 def files(folder: str, pattern: str = "*") -> list[Path]:
     """The files of a model folder, and those of the model that its adapters belong to."""
-    return [path for each in dict.fromkeys((folder, base(folder))) for path in sorted(Path(each).glob(pattern))]
+    both = dict.fromkeys((local_folder(folder), base(folder)))
+    return [path for each in both for path in sorted(Path(each).glob(pattern))]
 
 
 def check_folder(folder: str) -> None:
     """As folders.check_folder, of adapters and their model, too."""
+    folder = local_folder(folder)
     if (model := base(folder)) != folder:
         if (kind := peft_config(folder).get("peft_type")) != "LORA":
             raise ModelError(f"{folder}: its {CONFIG} is of {kind!r}, not 'LORA'; merge it into its model with peft")
@@ -81,8 +86,8 @@ def check_flags(config: Any) -> None:
     check_rank(config.lora_rank)
     if config.merge and not config.lora_rank:
         raise ValueError("--merge writes adapters into the weights, and without --lora_rank there are none")
-    if config.lora_rank and base(config.model) != config.model:
-        if (rank := peft_config(config.model).get("r")) != config.lora_rank:
+    if config.lora_rank and base(config.model) != local_folder(config.model):
+        if (rank := peft_config(local_folder(config.model)).get("r")) != config.lora_rank:
             raise ValueError(f"--lora_rank {config.lora_rank}: the adapters in {config.model} have rank {rank}, and "
                              "training goes on with them; give that rank, or 0 to merge them and train all weights")
 

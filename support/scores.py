@@ -1,5 +1,6 @@
 """Statistics of answers: mIoU, R1@m, whether they follow the query, and how sure all of it is."""
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -95,6 +96,23 @@ def grounding(rows: list[dict]) -> dict[str, float | list[float] | str]:
             found[f"{name}_95"] = [float(low[0]), float(high[0])]
             found.update(doubt("event_intervals", videos))
     return found
+
+
+def swap_queries(samples: list) -> list:
+    """The samples with another event in their video, each with that one's query, the next in the file. A model that
+    grounds finds that event and scores about 0; one that guesses scores as before."""
+    disjoint = lambda a, b: a.query != b.query and (a.end <= b.start or b.end <= a.start)
+    swapped, videos = [], {}
+    for sample in samples:
+        videos.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)
+    for sample in samples:
+        of_one = videos[sample.video, sample.video_start, sample.video_end]
+        place = of_one.index(sample)
+        others = [other for other in of_one[place + 1:] + of_one[:place] if disjoint(sample, other)]
+        swapped += [replace(sample, query=others[0].query)] if others else []
+    if not swapped:
+        raise ValueError("--swap_queries: no video has two queries whose segments do not overlap")
+    return swapped
 
 
 def best_fixed_span(truths: np.ndarray, points: int = 60) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import evaluate
 import model
 import tasks
 from support.loader import Loader
-from support.scores import difference
+from support.scores import difference, swap_queries
 
 
 def row(task, **parts):
@@ -347,11 +347,11 @@ def test_swapped_queries_are_scored_against_the_first_ones_truth(tmp_path):
     (tmp_path / "a.txt").write_text("A 0 4##he sits.\nA 5 9##he eats.\nA 3 6##he runs.\nA 5 9##he eats.\n"
                                     "B 0 4##he naps.\n")
     samples = data.read(str(tmp_path / "a.txt"), None)[0]
-    swapped = evaluate.swap_queries(samples)
+    swapped = swap_queries(samples)
     assert [(s.id, s.query, s.start) for s in swapped] == [
         ("A:1", "he eats.", 0), ("A:2", "he sits.", 5), ("A:4", "he sits.", 5)]     # A:3 overlaps all, B has but one
     with pytest.raises(ValueError, match="--swap_queries"):
-        evaluate.swap_queries(samples[4:])
+        swap_queries(samples[4:])
 
 
 def test_swapping_is_for_tvg_alone(folder, tmp_path):

@@ -203,7 +203,7 @@ def rewrite(folder, change):
 
 WRONG = {
     "the base is gone": (lambda f: spoil(f, base_model_name_or_path="/nowhere/qwen"), "'/nowhere/qwen', is not there"),
-    "a name on the hub": (lambda f: spoil(f, base_model_name_or_path="Qwen/Qwen2.5-VL-3B"), "is not there"),
+    "a name on the hub": (lambda f: spoil(f, base_model_name_or_path="org/gone"), "hf download org/gone"),
     "no base": (lambda f: spoil(f, base_model_name_or_path=None), "None, is not there"),
     "its own base": (lambda f: spoil(f, base_model_name_or_path=str(f)) or (f / "config.json").write_text("{}"),
                      "is not there"),

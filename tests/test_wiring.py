@@ -52,9 +52,9 @@ ALL_FLAGS = dict(steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_si
 FROZEN = dict(steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts_per_step=2, learning_rate=1e-3,
               max_grad_norm=1e3, max_tokens=17, total_pixels=PIXELS, freeze_vision=True, checkpoint_activations=True)
 NO_FIGURE = {"model", "annotations", "videos", "output", "allow_outside", "workers", "cache", "cache_gb", "video_limit",
-             "save_every", "keep", "resume", "max_bad_steps", "eval_annotations", "eval_every",
-             "eval_samples", "eval_videos",     # these have no say in it, or are tested elsewhere, as the others are
-             "vd_verbs", "loss", "scale_rewards", "updates", "clip", "think", "lora_rank", "merge"}
+             "save_every", "keep", "resume", "max_bad_steps", "tensorboard", "eval_annotations", "eval_every",
+             "eval_samples", "eval_videos", "vd_verbs", "loss", "scale_rewards", "updates", "clip", "think", "merge",
+             "lora_rank"}   # they have no say in it, or are tested elsewhere
 
 
 def film(path, seconds, side):
