@@ -67,7 +67,8 @@ class Config:
     batch_size: int = flag(16, "queries at once on a process")
     temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
     seed: int = flag(0, "of the sampling, when temperature is above 0")
-    max_tokens: int = flag(1024, "longest completion")
+    think: bool = flag(True, "as in training: false asks for the answer alone")
+    max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
@@ -78,6 +79,10 @@ class Config:
     swap_queries: bool = flag(False, "ask each video for another of its events, and score against the first one's "
                                      "truth; TVG alone, and only queries with a disjoint one in their video")
     fixed_answer: str = flag("", "annotation file: score the one answer for all queries that is the best for these")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None:
+            self.max_tokens = tasks.LONGEST[self.think]
 
 
 @launch.one_run
@@ -180,7 +185,7 @@ def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample],
     logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
     if not samples:
         return lambda _: None
-    settings = Config(config.eval_annotations, max_tokens=config.max_tokens, workers=config.workers)
+    settings = Config(config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
     evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
 
     def evaluate_if_due(log: Logs | None) -> None:
@@ -206,7 +211,7 @@ class Batch:
 def plan_batches(config: Config, samples: list[data.Sample]) -> tuple[list[Batch], list[tuple[str, str]]]:
     """What to answer: batches of all tasks, and (task, id) of every answer, in the order of the annotations."""
     work, chosen = [], []
-    for task in map(tasks.TASKS.get, config.tasks):
+    for task in (tasks.in_form(tasks.TASKS[name], config.think) for name in config.tasks):
         pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * config.batch_size or None]
         chosen += [(task.name, sample.id) for _, sample in pool]
         pool = by_length(pool, task)

@@ -37,9 +37,14 @@ class Config:
     png: str = flag("", "picture to write: frames and answers on one time axis")
     json: bool = flag(False, "print a JSON object a query")
     batch_size: int = flag(16, "queries at once")
-    max_tokens: int = flag(1024, "longest completion")
+    think: bool = flag(True, "as in training: false asks for the answer alone")
+    max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
     video_limit: float = flag(60.0, "seconds that decoding the video may stand still")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None:
+            self.max_tokens = tasks.LONGEST[self.think]
 
 
 def main(config: Config) -> list[dict]:
@@ -63,7 +68,8 @@ def main(config: Config) -> list[dict]:
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
                    for query in queries[i:i + config.batch_size]]
-        prompts = [tasks.prepare(sample, tasks.TASKS["TVG"], encoder, lambda *part: clip) for sample in samples]
+        task = tasks.in_form(tasks.TASKS["TVG"], config.think)
+        prompts = [tasks.prepare(sample, task, encoder, lambda *part: clip) for sample in samples]
         rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
         texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
     answers = []

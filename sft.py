@@ -13,9 +13,10 @@ tokens, the stop token included. Writes config.json, metrics.jsonl, checkpoints/
 continues as in train.py.
 """
 import json
+import re
 import sys
 import time
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ class Config:
     videos: str = flag(MISSING, "folder of the video files")
     output: str = flag(MISSING, "folder for logs and the model")
     demonstrations: str = flag("", "JSON lines of id, task, completion; empty: VD with the query as answer")
+    think: bool = flag(True, "thoughts before the answer; false: prompts ask for the answer alone, and "
+                             "<think>...</think> is left out of the demonstrations")
     steps: int = flag(1000, "optimizer steps; the paper does not say")
     seed: int = flag(0, "all randomness follows from it")
     batch_size: int = flag(32, "completions a step, over all processes")
@@ -88,6 +91,12 @@ def read_demonstrations(path: str, samples: list[data.Sample]) -> list[Demonstra
     return [each for each in found if each.sample.id in usable[each.task.name]]
 
 
+def answer_only(each: Demonstration) -> Demonstration:
+    """Without the thought, and of a task that asks for none."""
+    completion = re.sub(r"<think>.*?</think>\s*", "", each.completion, flags=re.DOTALL)
+    return replace(each, task=tasks.in_form(each.task, think=False), completion=completion)
+
+
 @launch.one_run
 def main(config: Config) -> None:
     rank, world, device = launch.start_process()
@@ -100,6 +109,8 @@ def main(config: Config) -> None:
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
     demonstrations = read_demonstrations(config.demonstrations, samples)
+    if not config.think:
+        demonstrations = [answer_only(each) for each in demonstrations]
     if not demonstrations:
         raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
                          "give demonstrations of TVG, or other annotations")

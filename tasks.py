@@ -12,13 +12,14 @@ A new inversion task is one reward function in rewards.py and one `Task(...)` he
 Departures from the paper:
 1. Its prompts are used with the answer's format spelled out behind them, since the format is rewarded (Eq. 9).
 2. In VC every verb of the query is masked, since Eq. 5 compares all of them.
+3. With `--think false` (see `in_form`) answers alone are asked for and rewarded.
 """
 import argparse
 import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -44,7 +45,9 @@ class Task:
         return self.template.format(query=sample.query, masked=mask_verbs(sample.query))
 
 
-FORM = "Reply as <think>your thoughts</think> <answer>{}</answer>"
+THOUGHT = "<think>your thoughts</think> "
+FORM = f"Reply as {THOUGHT}<answer>{{}}</answer>"
+LONGEST = {True: 1024, False: 64}       # tokens of a completion with thoughts, the authors' value, and without
 TASKS = {task.name: task for task in (
     Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
          "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),
@@ -56,6 +59,16 @@ TASKS = {task.name: task for task in (
          "vd", rewards.vd),
 )}
 INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
+
+
+def in_form(task: Task, think: bool) -> Task:
+    """The task as it is, or answer-only: its prompt asks for <answer>...</answer>, and format pays that and no more."""
+    if think:
+        return task
+    # The reward is that behind an empty thought: a completion with one of its own has two, which no format has.
+    reward = lambda completions, samples, **options: task.reward(
+        [f"<think></think>{text}" for text in completions], samples, **options)
+    return replace(task, template=task.template.replace(THOUGHT, ""), reward=reward)
 
 
 def mask_verbs(query: str) -> str:

@@ -41,7 +41,8 @@ VERBS = {"rising": "falling", "falling": "rising", "growing": "shrinking", "shri
          "spinning": "blinking", "blinking": "spinning"}    # verb: its opposite
 BACKGROUND = 115                        # near the mean that Qwen subtracts, so that only what is drawn has an effect
 LATE = 0.6                              # chance that a teacher of late edges marks a start or an end a second late
-MAX_TOKENS = 56                         # of a completion; the longest demonstration has 45 with its stop token
+MAX_TOKENS = {True: 56, False: 16}      # of a completion with and without thoughts; the longest demonstrations have 45
+                                        # and 9 with their stop token
 WEAKNESSES = {      # late edges in TVG?, chances that a verb is taken for its opposite, in which tasks
     "edges": (True, {}, ()),
     "verbs": (False, {"rising": 0.7, "growing": 0.7, "blinking": 0.7}, tuple(tasks.TASKS)),
@@ -233,6 +234,7 @@ class Config:
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
     warm_steps: int = flag(400, "SFT steps of a new warm start")
+    think: bool = flag(True, "false: no thoughts, so no narration, in warm start, GRPO and evaluation")
     eval_every: int = flag(0, "score 200 test queries every so many GRPO steps; 0: not")
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
@@ -257,7 +259,9 @@ def main(config: Config) -> dict[str, dict]:
     launch.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)
     stories = write_world(world, config.seed, 60 if small else 1000, 20 if small else 300, config.weakness)
-    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"), cache=str(world / "cache"))
+    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"), cache=str(world / "cache"),
+                  think=config.think)
+    longest = MAX_TOKENS[config.think]
     start = world / "model"
     if config.warm_start:
         print(f"2. taking the warm start from {config.warm_start}", flush=True)
@@ -280,7 +284,7 @@ def main(config: Config) -> dict[str, dict]:
 
     def test(name: str, folder: Path, **flags) -> dict[str, float]:
         found = evaluate.main(evaluate.Config(model=str(folder), output=str(world / name), batch_size=256,
-                                              max_tokens=MAX_TOKENS, **flags, **common))
+                                              max_tokens=longest, **flags, **common))
         answers = read_answers(world / name)
         told = [{"id": i, "video": row["video"], **narrated([row], stories)} for i, row in answers.items()]
         launch.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
@@ -295,7 +299,7 @@ def main(config: Config) -> dict[str, dict]:
     if not (world / "grpo" / "model").exists():
         train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
                                 tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
-                                learning_rate=config.learning_rate, max_tokens=MAX_TOKENS, resume=config.resume,
+                                learning_rate=config.learning_rate, max_tokens=longest, resume=config.resume,
                                 eval_annotations=str(world / "test.txt") if config.eval_every else "",
                                 eval_every=config.eval_every, lora_rank=config.lora_rank, **common))
     common["annotations"] = str(world / "test.txt")

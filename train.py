@@ -73,7 +73,8 @@ class Config:
     merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
-    max_tokens: int = flag(1024, "longest completion; the authors' value")
+    think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and format pays, the answer alone")
+    max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
     vd_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
                             "written, by which a list of 50 verbs earns 0.96 on Charades-STA")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
@@ -95,6 +96,10 @@ class Config:
     tensorboard: bool = flag(False, "write the numbers for TensorBoard, too, to --output/tensorboard")
     max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
                                   "such steps change nothing")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None:
+            self.max_tokens = tasks.LONGEST[self.think]
 
 
 def check_flags(config: Config, world: int) -> None:
@@ -145,7 +150,7 @@ def main(config: Config) -> None:
 
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
-        task = tasks.draw(step, config.seed, config.tvg_prob, config.tasks)                 # Eq. 13
+        task = tasks.in_form(tasks.draw(step, config.seed, config.tvg_prob, config.tasks), config.think)    # Eq. 13
         if task.name == "VD" and config.vd_verbs:
             task = replace(task, reward=partial(task.reward, limit=config.vd_verbs))
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)

@@ -1,5 +1,6 @@
 """What plan.py counts, against real modules: parameters, operations, and memory as torch's profiler sees it."""
 import json
+import re
 from dataclasses import MISSING, fields, replace
 
 import pytest
@@ -85,6 +86,8 @@ def test_a_lone_completion_is_a_longer_prompt():
     assert group["completions"] == 8 * parts["completions"] and group["logits"] == 8 * parts["logits"]
     phases = plan.operations(config, 100, (2, 4, 4), 8, 30, reference=False, freeze_vision=True)
     assert phases["policy"] == {part: 3 * cost for part, cost in group.items() if part != "vision"}
+    again = plan.operations(config, 100, (2, 4, 4), 8, 30, False, True, updates=3)      # only the policy is scored anew
+    assert again == {**phases, "policy": {part: 3 * cost for part, cost in phases["policy"].items()}}
     assert phases["prefill"]["vision"] == group["vision"]
     assert "reference" not in phases and phases["decode"]["completions"] < group["completions"]
 
@@ -130,6 +133,14 @@ def test_shards_and_options(tmp_path):
     assert frozen["scoring"]["activations"] < one["scoring"]["activations"]
     less = plan.memory(config, 1500, (30, 16, 12), 8, 512, 1, recompute=True)
     assert less["scoring"]["activations"] < one["scoring"]["activations"] / 8
+
+
+def test_report_of_other_ways_to_train(tmp_path):
+    """TFLOP a step: without thoughts completions are a sixteenth as long; each update more scores the policy again."""
+    folder = write(tmp_path, "3B")
+    flop = lambda **flags: int(re.search(r"(\d+) TFLOP a step", plan.report(plan.Config(folder, **flags)))[1])
+    assert plan.Config(folder).max_tokens == 1024 and plan.Config(folder, think=False).max_tokens == 64
+    assert flop(think=False) == flop(max_tokens=64) < flop() / 3 and flop(updates=2) > 1.4 * flop()
 
 
 def test_report(tmp_path, capsys):

@@ -44,8 +44,8 @@ STOPS = ["<|im_end|>", "<|endoftext|>"]
 NEVER_SAID = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 MEAN, STD = (torch.tensor(x) for x in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
 
-# Two runs that differ from the defaults in every flag that has a say in the arithmetic. In the first one a p larger or
-# smaller by 0.02, another seed and other tasks each change what is drawn (see test_tasks_of_a_run).
+# Two runs that differ from the defaults in every flag with a say in the arithmetic (NO_FIGURE are the others). In the
+# first one another seed, other tasks, a p larger or smaller by 0.02 each change what is drawn: test_tasks_of_a_run.
 ALL_FLAGS = dict(steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_size=4, prompts_per_step=3,
                  prompts_per_pass=2, beta=0.5, learning_rate=1e-3, warmup_steps=2, max_grad_norm=0.4, max_tokens=24,
                  temperature=0.7, total_pixels=PIXELS)

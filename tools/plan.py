@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass
 from transformers import Qwen2_5_VLConfig
 
 import model
+import tasks
 from support import launch, video
 from support.launch import flag
 
@@ -29,7 +30,8 @@ class Config:
     group_size: int = flag(8, "G, and so on: flags of train.py, with its defaults")
     prompts_per_step: int = flag(4, "prompts in the global batch")
     prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
-    max_tokens: int = flag(1024, "longest completion; every one is counted as that long")
+    think: bool = flag(True, "thoughts before the answer")
+    max_tokens: int = flag(None, "longest completion, by default 1024, without thoughts 64; all count as that long")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
     beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
     updates: int = flag(1, "AdamW steps a rollout")
@@ -38,6 +40,10 @@ class Config:
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
     seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
     text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None:
+            self.max_tokens = tasks.LONGEST[self.think]
 
 
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
