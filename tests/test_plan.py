@@ -5,12 +5,14 @@ from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
+from test_distributed import together
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
+import model
 import train
-from support import launch, sharding
+from support import launch, lora, sharding
 from tools import plan, ways
 
 SHAPES = {"wide": ways.Sizes(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
@@ -119,6 +121,66 @@ def test_memory_of_the_cache_is_as_measured(grids, rows):
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
     counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
     assert counted == pytest.approx(measured, rel=0.15)
+
+
+def lora_step(name, dtype, recompute) -> tuple[int, float]:
+    """(the most bytes at once of two steps with adapters, as train.py takes them on one GPU, what plan.py says)."""
+    config, rank = SHAPES[name], 16
+    policy = ways.build(config)
+    lora.attach(policy.qwen, "", rank)
+    for weight in lora.frozen(policy):
+        weight.data = weight.data.to(dtype)
+    if recompute:
+        sharding.checkpoint_activations(policy)
+    policy, prompts = sharding.shard(policy, dtype), ways.make_prompts(config, policy.qwen.config)
+    completions = torch.ones(config.prompts, config.group_size, config.max_tokens, dtype=torch.long)
+    optimizer = torch.optim.AdamW(lora.adapters(policy).values())
+
+    def work():
+        with sharding.gathered(policy):
+            seen = model.see(policy, prompts)
+            grpo.rollout(policy, seen, config.group_size, config.max_tokens, [-1])
+        score = lambda: grpo.logprobs(policy, seen, completions, completions).sum()
+        with torch.no_grad(), lora.reference(policy):
+            score()
+        score().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    weights = sum(weight.nbytes for weight in policy.parameters())
+    parts = plan.memory(policy.qwen.config, len(prompts[0].ids), prompts[0].grid.tolist(), config.group_size,
+                        config.max_tokens, 1, config.prompts, recompute=recompute, size=dtype.itemsize, rank=rank)
+    parts["always"]["frozen weights, bf16"] *= dtype.itemsize / 2       # they are fp32 where that is computed with
+    return weights + most(lambda: [work(), work()]), plan.peak(parts)
+
+
+@pytest.mark.parametrize("dtype, recompute", [(torch.bfloat16, True), (torch.float32, False)])
+def test_memory_of_a_step_with_adapters_is_as_measured(tmp_path, dtype, recompute):
+    """All of it, in a process of its own, for two models of different proportions."""
+    for name in SHAPES:
+        (measured, planned), = together(tmp_path / name, 1, 1, lora_step, name, dtype, recompute)
+        assert planned == pytest.approx(measured, rel=0.15), name
+
+
+def test_adapters(tmp_path, small):
+    """Their number; a whole model on each GPU but nothing else, no second one, and two thirds of the operations."""
+    _, policy, *_ = small
+    lora.attach(policy.qwen, "", 8)
+    count = sum(weight.numel() for weight in lora.adapters(policy).values())
+    config = policy.qwen.config
+    assert count == config.text_config.num_hidden_layers * plan.adapter_parameters(config, 8)
+    one, eight = (plan.memory(config, 100, (6, 8, 8), 8, 64, gpus, rank=8)["always"] for gpus in (1, 8))
+    assert sum(one.values()) == 2 * plan.parameters(config)["total"] + 16 * count
+    assert sum(eight.values()) == 2 * plan.parameters(config)["total"] + 2 * count
+    frozen, adapters = (plan.operations(config, 100, (6, 8, 8), 8, 64, freeze_vision=True, lora=on)["policy"]
+                        for on in (False, True))
+    assert {part: 2 * cost for part, cost in frozen.items()} == {part: 3 * cost for part, cost in adapters.items()}
+    for name, memory in (("3B", 16), ("7B", 24)):
+        settings = plan.Config(write(tmp_path, name), gpus=1, gpu_memory=memory, max_tokens=256, prompts_per_step=1,
+                               checkpoint_activations=True)
+        less = plan.report(replace(settings, lora_rank=16))
+        assert "DOES NOT FIT" in plan.report(settings) and "DOES NOT" not in less
+    assert "40.4 million in adapters of rank 16" in less
 
 
 def test_shards_and_options(tmp_path):

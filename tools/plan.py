@@ -4,8 +4,10 @@
 
 Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt
 once for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory
-is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs. The
-figures for activations and for keys and values are checked against measured ones in test_plan.py, FSDP2's are not.
+is that of train.py under FSDP2: fp32 master weights and AdamW states, bf16 compute, all spread over the GPUs; with
+--lora_rank, frozen weights in bf16, whole on every GPU, and the adapters spread. The figures for activations and for
+keys and values are checked against measured ones in test_plan.py, FSDP2's are not; with --lora_rank, the peak of whole
+steps of one process is.
 """
 import math
 from dataclasses import MISSING, dataclass
@@ -14,7 +16,7 @@ from transformers import Qwen2_5_VLConfig
 
 import model
 import tasks
-from support import launch, video
+from support import launch, lora, video
 from support.launch import flag
 
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
@@ -36,6 +38,7 @@ class Config:
     beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
     updates: int = flag(1, "AdamW steps a rollout")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights; 0: train all weights")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
     seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
@@ -59,6 +62,14 @@ def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
              "layers": text.num_hidden_layers * layer + h,
              "head": 0 if config.tie_word_embeddings else text.vocab_size * h}
     return {**parts, "total": sum(parts.values()), "layer": layer}
+
+
+def adapter_parameters(config: Qwen2_5_VLConfig, rank: int) -> int:
+    """Number of weights of the adapters of one decoder layer: `rank` times the widths in and out of its seven linear
+    layers."""
+    text = config.text_config
+    h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return rank * (2 * 2 * h + 2 * (h + kv) + 3 * (h + text.intermediate_size))
 
 
 def windows(config: Qwen2_5_VLConfig, grid: tuple[int, int, int]) -> list[int]:
@@ -92,8 +103,10 @@ def forward_operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, i
 
 
 def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
-               reference: bool = True, freeze_vision: bool = False, updates: int = 1) -> dict[str, dict[str, int]]:
-    """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones. What a frozen
+               reference: bool = True, freeze_vision: bool = False, lora: bool = False,
+               updates: int = 1) -> dict[str, dict[str, int]]:
+    """{phase: {part: operations}} of a GRPO step on one prompt. A backward pass costs two forward ones, or with `lora`
+    one, since frozen weights have no gradients; those of the adapters, about a percent, are left out. What a frozen
     vision tower sees while sampling serves for reference and policy, too. Each of the `updates` scores the policy."""
     once = forward_operations(config, prompt, grid, group_size, tokens)
     decoded = forward_operations(config, prompt, grid, group_size, tokens - 1)              # nothing follows the last
@@ -102,7 +115,7 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
     scored = {part: count for part, count in once.items() if part != "vision" or not freeze_vision}
     if reference:
         phases["reference"] = scored
-    phases["policy"] = {part: 3 * updates * count for part, count in scored.items()}
+    phases["policy"] = {part: (2 if lora else 3) * updates * count for part, count in scored.items()}
     return phases
 
 
@@ -114,15 +127,19 @@ def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: 
 
 
 def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
-                     size: int = 2, freeze_vision: bool = False, recompute: bool = False) -> tuple[int, int]:
+                     size: int = 2, freeze_vision: bool = False, recompute: bool = False,
+                     rank: int = 0) -> tuple[int, int]:
     """(bytes that the forward pass keeps for the backward one, logits aside; bytes that a layer's backward pass works
-    with). Numbers have `size` bytes, 4 in the input of a norm. `recompute` keeps only the input of every layer."""
+    with). Numbers have `size` bytes, 4 in the input of a norm. `recompute` keeps only the input of every layer. With
+    `rank`, of adapters, all other weights are frozen."""
     text, vision, n, patches = config.text_config, config.vision_config, prompt + group_size * tokens, math.prod(grid)
     h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     layer = 2 * n * h * (4 + 2 * size)                                          # both norms: in, normalised, out
     layer += size * (n * (3 * h + 2 * kv) + group_size * tokens * h)            # q, k, v, attention's results
     layer += size * 2 * kv * group_size * (prompt + tokens)                     # k, v of prompt and completion together
     layer += size * 4 * n * text.intermediate_size                              # gate, its silu, up, their product
+    if rank:
+        layer += size * n * (7 * rank - 2 * h)      # A x of each linear layer; not what norms normalised: no gradient
     d, full = vision.hidden_size, len(vision.fullatt_block_indexes)
     block = 0 if freeze_vision else patches * (2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size))
     layers, blocks = text.num_hidden_layers * layer, vision.depth * block + full * 2 * patches * d * size
@@ -131,25 +148,32 @@ def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
     tower = 0 if freeze_vision else blocks + patches * (patch * size + d * (4 + 4 * size))      # patches, merger
     return layers + tower + n * h * (4 + size) + group_size * tokens * h * size, \
-        max(layer + 3 * size * n * text.intermediate_size, block + 3 * size * patches * vision.intermediate_size)
+        max(layer + (2 if rank else 3) * size * n * text.intermediate_size,
+            block + 3 * size * patches * vision.intermediate_size)
 
 
 def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
            prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
-           size: int = 2) -> dict[str, dict[str, float]]:
+           size: int = 2, rank: int = 0) -> dict[str, dict[str, float]]:
     """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
-    `size`: bytes of the numbers that are computed with."""
+    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights."""
     sizes, text = parameters(config), config.text_config
-    trained = sizes["total"] - (sizes["vision"] if freeze_vision else 0)
+    spread = sizes["total"]                                                                 # over the GPUs by FSDP
+    trained = spread - (sizes["vision"] if freeze_vision else 0)
     root = sizes["embeddings"] + sizes["head"]
     largest = max(sizes["layer"], root, 0 if freeze_vision else sizes["vision"])            # unit of FSDP
+    if rank:
+        root, largest = 0, adapter_parameters(config, rank)
+        spread = trained = text.num_hidden_layers * largest
     logits = min(prompts * group_size * tokens * text.vocab_size, model.LOGITS_AT_ONCE)
-    kept, layer = activation_bytes(config, prompt, grid, group_size, tokens, size, freeze_vision, recompute)
+    kept, layer = activation_bytes(config, prompt, grid, group_size, tokens, size, freeze_vision or rank > 0,
+                                   recompute, rank)
     return {
-        "always": {"master weights, fp32": 4 * sizes["total"] / gpus, "AdamW states, fp32": 8 * trained / gpus,
-                   "gradients, fp32": 4 * trained / gpus,
-                   "reference, bf16": 2 * sizes["total"] / gpus if reference else 0},
-        "sampling": {"gathered weights, bf16": 2 * sizes["total"],
+        "always": {"frozen weights, bf16": 2 * sizes["total"] if rank else 0,
+                   "adapters, fp32" if rank else "master weights, fp32": 4 * spread / gpus,
+                   "AdamW states, fp32": 8 * trained / gpus, "gradients, fp32": 4 * trained / gpus,
+                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0},
+        "sampling": {"gathered weights, bf16": 2 * spread,
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
         "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
@@ -170,14 +194,16 @@ def check_flags(config: Config) -> None:
                          "samples", "seconds", "updates")
     if config.group_size < 2:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
-    model.check_config(config.model)
+    lora.check_rank(config.lora_rank)
+    model.check_config(lora.base(config.model))
 
 
 def report(config: Config) -> str:
     """What it takes to train the model whose config.json is in `config.model`, as text: memory a GPU by part (GB of
     10^9 bytes), the largest group that fits into it, operations, hours."""
-    gpus, tokens, beta, freeze = config.gpus, config.max_tokens, config.beta, config.freeze_vision
-    qwen = Qwen2_5_VLConfig.from_pretrained(config.model)
+    gpus, tokens, beta, rank = config.gpus, config.max_tokens, config.beta, config.lora_rank
+    freeze = config.freeze_vision or rank > 0
+    qwen = Qwen2_5_VLConfig.from_pretrained(lora.base(config.model))
     frames = video.frame_count(config.seconds, 10 ** 9)
     height, width = video.frame_size(360, 480, frames, config.total_pixels)
     grid = frames // 2, height // model.PATCH, width // model.PATCH
@@ -185,7 +211,8 @@ def report(config: Config) -> str:
     mine = math.ceil(config.prompts_per_step / gpus)
     at_once = min(config.prompts_per_pass or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
-    need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute)
+    need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute,
+                                          rank=rank)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
@@ -198,6 +225,9 @@ def report(config: Config) -> str:
              f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({config.seconds:g} s of video, {frames} "
              f"frames of {width} x {height}), G = {config.group_size}, up to {tokens} tokens a completion", "",
              "GB a GPU"]
+    if rank:
+        learned = qwen.text_config.num_hidden_layers * adapter_parameters(qwen, rank)
+        lines[0] += f"; {learned / 1e6:.1f} million in adapters of rank {rank}, the only ones that learn"
     if config.prompts_per_step % gpus:
         lines.insert(2, f"train.py needs a --prompts_per_step that is a multiple of the GPUs, {mine * gpus} instead of "
                         f"{config.prompts_per_step}")
@@ -207,10 +237,10 @@ def report(config: Config) -> str:
               f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
               f"fits: {largest(config.checkpoint_activations)}"
               + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
-    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, config.updates)
+    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, rank > 0, config.updates)
     work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
     work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * 2 * sizes["total"] / BANDWIDTH)
-    work["policy"] *= 4 / 3 if config.checkpoint_activations else 1
+    work["policy"] *= 1 + 1 / (2 if rank else 3) if config.checkpoint_activations else 1
     hours = sum(work.values()) * config.samples / config.prompts_per_step / 3600
     flop = sum(sum(of.values()) for of in phases.values()) * config.prompts_per_step
     lines += ["", f"{flop / 1e12:.0f} TFLOP a step, "
