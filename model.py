@@ -16,6 +16,7 @@ rounding does not move a patch.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -213,7 +214,7 @@ class Policy(nn.Module):
         """What samples behind prompts that a pass kept in `packed`; the arguments are those of support.incremental."""
         return Step(self.qwen.model.language_model, packed, rows, start, most)
 
-    def next_logits(self, step: Step, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
+    def next_logits(self, step: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
         """Logits behind one new token a row. Weights stay gathered since the prompts' pass: see sharding.gathered."""
         return self.check(self.head(step(token), temperature))
 

@@ -1,41 +1,96 @@
 """One new token a row: what `Policy.hidden` computes with a `Decoding`, in as few kernels as PyTorch's operators allow.
 
 A token of a deep model costs tens of milliseconds of Python and kernel launches, whatever the arithmetic. So here the
-decoder's layers are gone through without transformers' code:
+decoder's layers are gone through without transformers' code and without modules:
 
 - rotary tables of all positions are made once a rollout; queries and keys are rotated together, in place;
-- keys and values go into a buffer in place, the prompt's and the row's own scores into one that a step makes once;
-- the scale is a factor of the product, the residual its summand, and a norm one operator (six kernels on a CPU).
+- keys and values of a row's tokens go into a buffer, in place;
+- scale and padding are a factor and a summand of the product, so is the residual, and a norm is one operator.
 
-`Static` has shapes that never change, for torch.compile and on a GPU captured graphs.
-
-Linear modules are called, not read, so that what is put around them (LoRA) counts; only a plain nn.Linear is fused
-with its residual. Under FSDP the weights have to be gathered already, as they are behind the prompts' own pass inside
-sharding.gathered: no hook runs here.
+Linear modules that are no plain nn.Linear, such as LoRA's, are called, so that what is around them counts. Under FSDP
+the weights have to be gathered already, as they are behind the prompts' own pass inside sharding.gathered: no hook
+runs here.
 """
-from functools import cache
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from support.attention import Packed
 
-ROOM = 64       # tokens that a row's buffer has room for at first
+
+class Layer(NamedTuple):
+    """A decoder layer's parts as functions of x (n, H)."""
+    norm: Callable          # of attention's input
+    qkv: Callable           # (n, all heads * d)
+    out: Callable           # (x, attention's result) -> x + its projection
+    mlp_norm: Callable
+    gate: Callable
+    up: Callable
+    act: Callable
+    down: Callable          # (x, product) -> x + its projection
 
 
-def norm(module: nn.Module, x: Float[Tensor, "n H"]) -> Float[Tensor, "n H"]:
+def norm(module: nn.Module) -> Callable:
     """transformers' RMS norm as one operator."""
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    shape, weight, eps = tuple(module.weight.shape), module.weight, module.variance_epsilon
+    return lambda x: torch.rms_norm(x, shape, weight, eps)
 
 
-def add_product(x: Float[Tensor, "n H"], linear: nn.Module, y: Float[Tensor, "n I"]) -> Float[Tensor, "n H"]:
-    """x + linear(y)."""
-    if type(linear) is nn.Linear and linear.bias is None:
-        return torch.addmm(x, y, linear.weight.t())
-    return x + linear(y)
+def linear(module: nn.Module) -> Callable:
+    """x -> module(x)."""
+    if type(module) is not nn.Linear:
+        return module
+    weight, bias = module.weight.t(), module.bias
+    return (lambda x: torch.mm(x, weight)) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+
+
+def added(module: nn.Module) -> Callable:
+    """(x, y) -> x + module(y)."""
+    if type(module) is not nn.Linear or module.bias is not None:
+        return lambda x, y: x + module(y)
+    weight = module.weight.t()
+    return lambda x, y: torch.addmm(x, y, weight)
+
+
+def side_by_side(*modules: nn.Module) -> Callable:
+    """x -> cat of all module(x); of plain ones, all with a bias, their weights are."""
+    if all(type(module) is nn.Linear and module.bias is not None for module in modules):
+        weight = torch.cat([module.weight for module in modules]).t()
+        bias = torch.cat([module.bias for module in modules])
+        return lambda x: torch.addmm(bias, x, weight)
+    parts = [linear(module) for module in modules]
+    return lambda x: torch.cat([part(x) for part in parts], 1)
+
+
+def through(layer: Layer, x: Float[Tensor, "BR H"], cos: Float[Tensor, "BR 1 d"], sin: Float[Tensor, "BR 1 d"],
+            heads: int, scale: float, keys: Float[Tensor, "Bk d P"], values: Float[Tensor, "Bk P d"],
+            bias: Float[Tensor, "..."], beta: int, write: Callable, own_keys: Float[Tensor, "BkR d c"],
+            own_values: Float[Tensor, "BkR c d"], own_bias: Float[Tensor, "..."], own_beta: int) -> Float[Tensor, "BR H"]:
+    """One layer. Bk is B * key heads, c the row's own tokens, the new one among them: write(new) puts its keys and
+    values, of all heads (B * R, 2 * key heads, d), there. A bias with beta 0 counts as none."""
+    (n, d), repeats = (len(x), cos.shape[2]), heads * len(x) // len(own_keys)
+    key_heads, groups = heads // repeats, len(keys) * repeats // heads
+    y = layer.qkv(layer.norm(x)).view(n, -1, d)
+    turned = y.narrow(1, 0, heads + key_heads)
+    rolled = turned.roll(d // 2, 2)
+    turned.mul_(cos).addcmul_(rolled, sin)
+    q, new = y.split((heads, 2 * key_heads), 1)
+    write(new)
+    q = q.view(groups, -1, key_heads, repeats, d).transpose(1, 2).reshape(len(keys), -1, d)
+    to_prompt = torch.baddbmm(bias, q, keys, beta=beta, alpha=scale)                        # (Bk, R * repeats, P)
+    q = q.view(-1, repeats, d)
+    to_own = torch.baddbmm(own_bias, q, own_keys, beta=own_beta, alpha=scale)               # (BkR, repeats, c)
+    length = keys.shape[2]
+    weights = torch.cat([to_prompt.view(-1, repeats, length), to_own], 2).softmax(2)        # in fp32 inside
+    y = torch.bmm(weights[..., :length].view_as(to_prompt), values).view_as(q)
+    y = y.baddbmm_(weights[..., length:], own_values).view(groups, key_heads, -1, repeats, d)
+    x = layer.out(x, y.transpose(1, 2).reshape(n, heads * d))
+    y = layer.mlp_norm(x)
+    return layer.down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
 
 
 class Step:
@@ -44,100 +99,68 @@ class Step:
     def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int):
         """`decoder`: transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
         `start`: the first position behind each row's prompt. `most`: new tokens a row at most."""
-        self.decoder, self.rows, self.tokens, self.most = decoder, rows, 0, most
-        lengths = torch.tensor(packed.prompts)
-        first = packed.kept[0][0]                                                               # (1, key heads, N, d)
-        width = self.width(int(lengths.max()))
-        beyond = torch.arange(width) >= lengths[:, None]                                        # (B, P) padding
-        self.bias = None        # (B, 1, P), added to the scores: 0 or -inf
-        if beyond.any():
-            self.bias = torch.zeros(beyond.shape, dtype=first.dtype).masked_fill(beyond, -torch.inf)[:, None]
-            self.bias = self.bias.to(first.device)
-        self.prompts, self.own = [], []     # of each layer (2, B, key heads, P or room, d), keys and values
-        for layer in range(len(decoder.layers)):
+        self.embed, self.norm, self.rows, self.tokens, self.most = decoder.embed_tokens, norm(decoder.norm), rows, 0, most
+        self.scale = decoder.layers[0].self_attn.scaling
+        self.layers = [Layer(norm(each.input_layernorm),
+                             side_by_side(each.self_attn.q_proj, each.self_attn.k_proj, each.self_attn.v_proj),
+                             added(each.self_attn.o_proj), norm(each.post_attention_layernorm),
+                             linear(each.mlp.gate_proj), linear(each.mlp.up_proj), each.mlp.act_fn,
+                             added(each.mlp.down_proj)) for each in decoder.layers]
+        lengths, first = torch.tensor(packed.prompts), packed.kept[0][0]                        # (1, key heads, N, d)
+        self.heads, size = (decoder.config.num_attention_heads, first.shape[1]), len(start) * first.shape[1]
+        # Each layer's keys and values of the rows' own tokens; rows in the order (B, key heads, R)
+        self.own = first.new_zeros(len(self.layers), 2, size, most, first.shape[3])
+        self.prompts = []       # of each layer (2, B, key heads, P, d)
+        for layer in range(len(self.layers)):
             parts = [x[0].transpose(0, 1).split(packed.prompts) for x in packed.kept.pop(layer)]    # B of (P, heads, d)
-            both = torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts])
-            self.prompts.append(F.pad(both, (0, 0, 0, width - both.shape[3])))
-            self.own.append(first.new_zeros(2, len(lengths), first.shape[1], rows, self.room(most), first.shape[3]))
+            self.prompts.append(torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts]))
+        self.bias = None        # (B, P), added to the scores: -inf at padding, or 0
+        beyond = torch.arange(int(lengths.max())) >= lengths[:, None]
+        if beyond.any():
+            self.bias = torch.zeros(beyond.shape, dtype=first.dtype).masked_fill(beyond, -torch.inf).to(first.device)
+        self.flat = self.flatten()
         self.offset = start - start.min()                                                       # (B * R,)
         positions = torch.arange(int(self.offset.max()) + most, device=start.device) + start.min()
         cos, sin = decoder.rotary_emb(first, positions.expand(3, 1, -1))                        # (1, positions, d)
-        sin = torch.cat([-sin[..., :sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2:]], -1)    # x is rolled, not turned
+        sin = torch.cat([-sin[..., :sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2:]], -1)    # halves only change places
         self.table = torch.stack([cos[0], sin[0]], 1)                                           # (positions, 2, d)
 
-    def width(self, longest: int) -> int:
-        return longest
-
-    def room(self, most: int) -> int:
-        return min(ROOM, most)
+    def flatten(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Each layer's keys (B * key heads, d, P) and values (B * key heads, P, d) of the prompts, views."""
+        return [x[0].flatten(0, 1).mT for x in self.prompts], [x[1].flatten(0, 1) for x in self.prompts]
 
     def __call__(self, token: Int[Tensor, " BR"]) -> Float[Tensor, "BR H"]:
         """The last layer's output at a new token a row."""
-        room = self.own[0].shape[4]
-        if self.tokens == room:
-            self.own = [F.pad(x, (0, 0, 0, min(room, self.most - room))) for x in self.own]
-        (_, groups, heads, length, d), config = self.prompts[0].shape, self.decoder.config
-        repeats = config.num_attention_heads // heads
-        # The scores of a layer, (B * key heads, R * repeats, P) and (B * key heads * R, repeats, c) of one tensor.
-        scores = self.table.new_empty(groups * heads * self.rows * repeats, length + self.tokens + 1)
-        parts = []
-        for x in (scores, weights := torch.empty_like(scores)):
-            to_prompt, to_own = x[:, :length], x[:, length:]
-            parts += [to_prompt.view(groups * heads, -1, length), to_own.view(-1, repeats, self.tokens + 1)]
-        bias, beta = parts[0], 0
+        (_, groups, key_heads, length, d), (heads, _) = self.prompts[0].shape, self.heads
+        rows = self.rows
+        bias, beta = (none := self.table[0, 0, 0]), 0           # of a factor 0
         if self.bias is not None:
-            bias, beta = self.bias.repeat_interleave(heads, 0).expand_as(parts[0]), 1
-
-        def attend(layer: int, q: Tensor, new: Tensor, scale: float) -> Tensor:
-            own, (keys, values) = self.own[layer], self.prompts[layer].flatten(1, 2)            # (B * heads, P, d)
-            own.select(4, self.tokens).copy_(new)
-            own_keys, own_values = own.narrow(4, 0, self.tokens + 1).flatten(1, 3)
-            torch.baddbmm(bias, q, keys.mT, beta=beta, alpha=scale, out=parts[0])
-            q = q.view(-1, repeats, d)
-            torch.baddbmm(parts[1], q, own_keys.mT, beta=0, alpha=scale, out=parts[1])
-            torch.softmax(scores, 1, out=weights)       # in fp32 inside, whatever the scores are
-            out = torch.bmm(parts[2], values).view_as(q)
-            return out.baddbmm_(parts[3], own_values)
-
-        out = go_through(self.decoder, token, self.table.index_select(0, self.offset), groups, attend)
+            bias, beta = self.bias.repeat_interleave(key_heads, 0)[:, None], 1                  # (B * key heads, 1, P)
+        # Views of all layers at once
+        own = self.own.narrow(2, 0, groups * key_heads * rows)
+        slots = own.select(3, self.tokens).view(-1, 2, groups, key_heads, rows, d).unbind()
+        own_keys, own_values = own.narrow(3, 0, self.tokens + 1).unbind(1)                      # (layers, BR heads, c, d)
+        layers = zip(self.layers, *self.flat, slots, own_keys.mT.unbind(), own_values.unbind())
+        x = self.embed(token)                                                                   # (B * R, H)
+        cos, sin = self.table.index_select(0, self.offset).unsqueeze(2).unbind(1)               # (B * R, 1, d)
+        for layer, keys, values, slot, own_keys, own_values in layers:
+            write = lambda new: slot.copy_(new.view(groups, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4))
+            x = through(layer, x, cos, sin, heads, self.scale, keys, values, bias, beta, write, own_keys, own_values,
+                        none, 0)
         self.offset += 1
         self.tokens += 1
-        return out
+        return self.norm(x)
 
     def keep(self, groups: Int[Tensor, " kept"], rows: Int[Tensor, " chosen"]) -> None:
         """Go on with the prompts `groups` (B',) and, of the B * R rows so far, with `rows` (B' * R',)."""
-        b, r = rows // self.rows, rows % self.rows
+        key_heads, before = self.heads[1], self.rows
         self.rows = len(rows) // len(groups)
-        for layer, own in enumerate(self.own):
-            chosen = own[:, b, :, r].unflatten(0, (-1, self.rows))                              # (B', R', 2, heads, T, d)
-            self.own[layer] = chosen.permute(2, 0, 3, 1, 4, 5).contiguous()
+        chosen = (rows // before * key_heads * before + rows % before).view(-1, 1, self.rows)   # (B', 1, R')
+        chosen = (chosen + torch.arange(key_heads, device=rows.device)[:, None] * before).flatten()     # B' heads R'
+        for layer, own in enumerate(self.own):      # in place, a copy of one layer at a time
+            own[:, :len(chosen), :self.tokens] = own[:, chosen, :self.tokens]
             if len(groups) < self.prompts[layer].shape[1]:
                 self.prompts[layer] = self.prompts[layer][:, groups]
-        self.offset = self.offset[rows]
+        self.flat, self.offset = self.flatten(), self.offset[rows]
         if self.bias is not None:
             self.bias = self.bias[groups]
-
-
-def go_through(decoder: nn.Module, token: Int[Tensor, " BR"], rotary: Float[Tensor, "BR 2 d"], groups: int,
-               attend) -> Float[Tensor, "BR H"]:
-    """All layers. attend(layer, q, new, scale) writes keys and values `new` (2, B, key heads, R, d) and returns the
-    attention (B * key heads * R, repeats, d) of q (B * key heads, R * repeats, d)."""
-    x = decoder.embed_tokens(token)                                                             # (B * R, H)
-    cos, sin = rotary.unsqueeze(2).unbind(1)                                                    # (B * R, 1, d)
-    d = cos.shape[-1]
-    for layer, block in enumerate(decoder.layers):
-        attention, mlp = block.self_attn, block.mlp
-        y = norm(block.input_layernorm, x)
-        y = torch.cat([attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)], 1).view(len(y), -1, d)
-        heads, key_heads = decoder.config.num_attention_heads, decoder.config.num_key_value_heads
-        turned = y[:, :heads + key_heads]
-        rolled = turned.roll(d // 2, 2)
-        turned.mul_(cos).addcmul_(rolled, sin)
-        q = y[:, :heads].view(groups, -1, key_heads, heads // key_heads, d).transpose(1, 2)     # (B, heads, R, rep, d)
-        new = y[:, heads:].view(groups, -1, 2, key_heads, d).permute(2, 0, 3, 1, 4)
-        y = attend(layer, q.reshape(groups * key_heads, -1, d), new, attention.scaling)
-        y = y.view(q.shape).transpose(1, 2).reshape(len(x), -1)                                 # (B * R, heads * d)
-        x = add_product(x, attention.o_proj, y)
-        y = norm(block.post_attention_layernorm, x)
-        x = add_product(x, mlp.down_proj, mlp.act_fn(mlp.gate_proj(y)).mul_(mlp.up_proj(y)))
-    return norm(decoder.norm, x)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["grpo", "model", "support.attention", "support.decoding"],      # checks shapes; an int is a float
+install_import_hook(["grpo", "model", "support.attention", "support.decoding", "support.incremental"],    # shapes; an int is a float
                     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import model
