@@ -6,9 +6,9 @@ Tokens are packed without any padding into one sequence, all prompts first, then
 
 so that every layer that works token by token works on real tokens only. Attention is the one place where tokens meet:
 a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not
-with (P + G C)^2 as under one mask for all, which is never stored. On CPUs a completion's two softmaxes, over the prompt and
-over itself, are merged by their log-sum-exp, so that the prompt's keys and values are read once for all G; elsewhere
-sdpa gets them in G copies (and in fp32 makes a mask of C x (P + C)).
+with (P + G C)^2 as under one mask for all, which is never stored. On CPUs a completion's two softmaxes, over the prompt
+and over itself, are merged by their log-sum-exp, so that the prompt's keys and values are read once for all G;
+elsewhere sdpa gets them in G copies (and in fp32 makes a mask of C x (P + C)).
 
 transformers' layers call `attention` through its registry of attention functions; what to do is told by the object
 in place of a mask: `Packed` for whole sequences, `Decoding` for one new token a row. With any other mask it is
@@ -75,7 +75,7 @@ class Merged(torch.autograd.Function):
         """shape: (G, C), C the longest; columns, real: which of the n each of G * C is, and back."""
         ctx.rest = shape, columns, real, scale
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        of_prompt, sum_prompt = flash(*shared(q, keys, values), scale=scale)            # (key heads, rep, n, d), (.., n)
+        of_prompt, sum_prompt = flash(*shared(q, keys, values), scale=scale)            # (key heads, rep, n, d)
         of_own, sum_own = flash(*rows(q, k, v, shape, columns), is_causal=True, scale=scale)    # (G, heads, C, d)
         of_own, sum_own = (together(x, real) for x in (of_own, sum_own[..., None]))             # (1, heads, n, .)
         of_prompt, sum_prompt = of_prompt.reshape(q.shape), sum_prompt.reshape(sum_own.shape)
@@ -87,7 +87,7 @@ class Merged(torch.autograd.Function):
     def backward(ctx, grad: Float[Tensor, "1 heads n d"]) -> tuple[Tensor | None, ...]:
         q, k, v, keys, values, out, total = ctx.saved_tensors
         shape, columns, real, scale = ctx.rest
-        (_, heads, n, d), key_heads = q.shape, k.shape[1]
+        key_heads = k.shape[1]
         back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         of_groups = lambda x: x.view(key_heads, -1, *x.shape[2:])                               # (key heads, rep, n, .)
         dq, *dkv = back(of_groups(grad), *shared(q, keys, values), of_groups(out), of_groups(total[..., 0]), 0.0, False,
@@ -98,8 +98,8 @@ class Merged(torch.autograd.Function):
             grad = torch.zeros_like(grad).index_copy_(1, real, grad.index_select(1, real))
         apart = lambda x: x.unflatten(1, shape).transpose(0, 1)                                 # (G, heads, C, .)
         out, total = (x[0].index_select(1, columns) for x in (out, total))
-        own, *dkv = back(apart(grad), *rows(q, k, v, shape, columns), apart(out), apart(total)[..., 0].contiguous(), 0.0,
-                         True, scale=scale)
+        total = apart(total)[..., 0].contiguous()
+        own, *dkv = back(apart(grad), *rows(q, k, v, shape, columns), apart(out), total, 0.0, True, scale=scale)
         dk, dv = (together(x.unflatten(1, (key_heads, -1)).sum(2), real) for x in dkv)          # (1, key heads, n, d)
         return dq.reshape(q.shape) + together(own, real), dk, dv, *of_prompt, None, None, None, None
 
