@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from model import Policy, Prompt, pack, see
-from support.attention import Decoding, Packed
+from support.attention import Packed
 from support.decoding import draw_token, rows_to_keep
 
 
@@ -82,9 +82,8 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
     layout = Packed(lengths, keep=True, device=device)
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
     logits = policy.logits(**batch, layout=layout, at=ends, temperature=temperature).repeat_interleave(group_size, 0)
-    layout = Decoding(layout, group_size)
-
-    position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device).repeat_interleave(group_size)
+    start = torch.stack([p.positions.max() + 1 for p in prompts]).to(device).repeat_interleave(group_size)
+    step = policy.start_decoding(layout, group_size, start, max_tokens)
     uniform = None
     if generators is not None:
         uniform = torch.cat([torch.rand(group_size, max_tokens, generator=g) for g in generators]).to(device)
@@ -101,13 +100,12 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
         running = running & ~torch.isin(token, stop)
         if c + 1 == max_tokens or not running.any():
             break
-        kept = rows_to_keep(running.view(-1, layout.rows))
+        kept = None if step.fixed else rows_to_keep(running.view(-1, step.rows))
         if kept is not None:
             groups, chosen = kept
-            layout.keep(groups, chosen)
+            step.keep(groups, chosen)
             row, running, token = row[chosen], running[chosen], token[chosen]
-        logits = policy.logits(token, (position[row] + c).expand(3, -1), layout, temperature=temperature)
-        layout.tokens += 1
+        logits = policy.next_logits(step, token, temperature)
     return Rollouts(*(x[:, :c + 1].view(len(prompts), group_size, c + 1) for x in (completions, mask, logprobs)))
 
 

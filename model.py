@@ -16,6 +16,7 @@ rounding does not move a patch.
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from support import attention, lora
 from support.attention import Decoding, Packed
+from support.compiled import Static
 from support.folders import ModelError, brief, check_config
 from support.hub import local_folder
+from support.incremental import Step
 from support.lora import check_folder
 from support.video import Clip
 
@@ -167,6 +170,7 @@ class Policy(nn.Module):
     """
     FORWARDS = ("watch", "logits", "logprobs")
     strict = False
+    compiled = False    # sampling runs through torch.compile
 
     def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
         super().__init__()
@@ -208,7 +212,18 @@ class Policy(nn.Module):
 
     def logits(self, *tokens, temperature: float = 1.0, **videos) -> Float[Tensor, "n V"]:
         """Logits of the token behind each of those that `hidden`, which gets the other arguments, returns."""
-        logits = self.head(self.hidden(*tokens, **videos), temperature)
+        return self.check(self.head(self.hidden(*tokens, **videos), temperature))
+
+    def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int) -> Step:
+        """What samples behind prompts that a pass kept in `packed`; the arguments are those of support.incremental."""
+        return (Static if self.compiled else Step)(self.qwen.model.language_model, packed, rows, start, most)
+
+    def next_logits(self, step: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
+        """Logits behind one new token a row. Weights stay gathered since the prompts' pass: see sharding.gathered."""
+        return self.check(self.head(step(token), temperature))
+
+    def check(self, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """The logits, finite ones if `strict`."""
         if self.strict and not logits.amax(-1).isfinite().all():
             raise ModelError(f"{self.qwen.name_or_path}: the model's logits are not finite, so it has no answers; copy "
                              "its *.safetensors files again, or give a model from before its training went wrong")

@@ -6,8 +6,9 @@ Tokens are packed without any padding into one sequence, all prompts first, then
 
 so that every layer that works token by token works on real tokens only. Attention is the one place where tokens meet:
 a prompt sees itself, a completion sees its prompt and itself. So its cost grows with P^2 / 2 + G C (P + C / 2), not
-with (P + G C)^2 as under one mask for all, which is never stored. (On CPUs, and in fp32, sdpa makes one of
-C x (P + C).)
+with (P + G C)^2 as under one mask for all, which is never stored. On CPUs a completion's two softmaxes, over the prompt
+and over itself, are merged by their log-sum-exp, so that the prompt's keys and values are read once for all G;
+elsewhere sdpa gets them in G copies (and in fp32 makes a mask of C x (P + C)).
 
 transformers' layers call `attention` through its registry of attention functions; what to do is told by the object
 in place of a mask: `Packed` for whole sequences, `Decoding` for one new token a row. With any other mask it is
@@ -48,12 +49,77 @@ class Packed:
         out = [sdpa(*prompt, is_causal=True, scale=scale, enable_gqa=True)
                for prompt, _ in zip(zip(*parts), self.prompts)]
         for b, (shape, columns, real) in enumerate(self.groups, len(self.prompts)):
+            prompt = [x[b - len(self.prompts)] for x in parts[1:]]
+            if query.device.type == "cpu":
+                out.append(Merged.apply(*(x[b] for x in parts), *prompt, shape, columns, real, scale))
+                continue
             q, k, v = (x[b][0].index_select(1, columns).unflatten(1, shape).transpose(0, 1) for x in parts)
-            k, v = (torch.cat([x[b - len(self.prompts)].expand(shape[0], -1, -1, -1), own], 2)
-                    for x, own in zip(parts[1:], (k, v)))                                   # (G, key heads, P + C, d)
+            k, v = (torch.cat([x.expand(shape[0], -1, -1, -1), own], 2) for x, own in zip(prompt, (k, v)))
             seen = sdpa(q, k, v, causal_lower_right(shape[1], k.shape[2]), scale=scale, enable_gqa=True)
             out.append(seen.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])      # (1, heads, n, d)
         return torch.cat(out, 2).transpose(1, 2)
+
+
+class Merged(torch.autograd.Function):
+    """Attention of G completions, n tokens in all, to their prompt and each to itself, on a CPU: (1, heads, n, d).
+
+    Softmax over both is the sum of the two attentions, each times exp(its log-sum-exp - that of both). Given the
+    merged result and log-sum-exp, the backward pass of either part gives its share of the gradient exactly.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Float[Tensor, "1 heads n d"], k: Float[Tensor, "1 key_heads n d"],
+                v: Float[Tensor, "1 key_heads n d"], keys: Float[Tensor, "1 key_heads P d"],
+                values: Float[Tensor, "1 key_heads P d"], shape: tuple[int, int], columns: Int[Tensor, " GC"],
+                real: Int[Tensor, " n"], scale: float) -> Float[Tensor, "1 heads n d"]:
+        """shape: (G, C), C the longest; columns, real: which of the n each of G * C is, and back."""
+        ctx.rest = shape, columns, real, scale
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        of_prompt, sum_prompt = flash(*shared(q, keys, values), scale=scale)            # (key heads, rep, n, d)
+        of_own, sum_own = flash(*rows(q, k, v, shape, columns), is_causal=True, scale=scale)    # (G, heads, C, d)
+        of_own, sum_own = (together(x, real) for x in (of_own, sum_own[..., None]))             # (1, heads, n, .)
+        of_prompt, sum_prompt = of_prompt.reshape(q.shape), sum_prompt.reshape(sum_own.shape)
+        out = torch.lerp(of_prompt, of_own, torch.sigmoid(sum_own - sum_prompt).to(q.dtype))
+        ctx.save_for_backward(q, k, v, keys, values, out, torch.logaddexp(sum_own, sum_prompt))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Float[Tensor, "1 heads n d"]) -> tuple[Tensor | None, ...]:
+        q, k, v, keys, values, out, total = ctx.saved_tensors
+        shape, columns, real, scale = ctx.rest
+        key_heads = k.shape[1]
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        of_groups = lambda x: x.view(key_heads, -1, *x.shape[2:])                               # (key heads, rep, n, .)
+        dq, *dkv = back(of_groups(grad), *shared(q, keys, values), of_groups(out), of_groups(total[..., 0]), 0.0, False,
+                        scale=scale)
+        of_prompt = [x.sum(1)[None] for x in dkv]                                               # (1, key heads, P, d)
+        grad = grad[0].index_select(1, columns)
+        if len(real) < len(columns):        # what is not real gets no gradient
+            grad = torch.zeros_like(grad).index_copy_(1, real, grad.index_select(1, real))
+        apart = lambda x: x.unflatten(1, shape).transpose(0, 1)                                 # (G, heads, C, .)
+        out, total = (x[0].index_select(1, columns) for x in (out, total))
+        total = apart(total)[..., 0].contiguous()
+        own, *dkv = back(apart(grad), *rows(q, k, v, shape, columns), apart(out), total, 0.0, True, scale=scale)
+        dk, dv = (together(x.unflatten(1, (key_heads, -1)).sum(2), real) for x in dkv)          # (1, key heads, n, d)
+        return dq.reshape(q.shape) + together(own, real), dk, dv, *of_prompt, None, None, None, None
+
+
+def shared(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, heads, n, d) as (key heads, rep, n, d), and keys and values as large without a copy."""
+    q = q.view(keys.shape[1], -1, *q.shape[2:])
+    return q, *(x.transpose(0, 1).expand(-1, q.shape[1], -1, -1) for x in (keys, values))
+
+
+def rows(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], columns: Tensor) -> list[Tensor]:
+    """(1, heads, n, d) a row apart, (G, heads, C, d); keys and values repeated for the heads that share them."""
+    repeats = q.shape[1] // k.shape[1]
+    parts = [x[0].index_select(1, columns).unflatten(1, shape).transpose(0, 1) for x in (q, k, v)]
+    return [parts[0], *(x.repeat_interleave(repeats, 1) for x in parts[1:])]
+
+
+def together(x: Tensor, real: Tensor) -> Tensor:
+    """(G, heads, C, .) -> (1, heads, n, .)."""
+    return x.transpose(0, 1).flatten(1, 2).index_select(1, real)[None]
 
 
 class Decoding:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["grpo", "model", "support.attention", "support.decoding"],      # checks shapes; an int is a float
+# Checks shapes; an int is a float. Not those of support.incremental, which torch.compile reads.
+install_import_hook(["grpo", "model", "support.attention", "support.decoding"],
                     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import model

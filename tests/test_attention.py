@@ -10,6 +10,7 @@ import model
 from support import attention
 from support.attention import Decoding, Packed
 from support.decoding import rows_to_keep
+from support.incremental import Step
 
 
 def random(*shape, seed=0):
@@ -104,9 +105,8 @@ def test_stopped_rows_are_not_computed(tiny, prompts, monkeypatch):
     free = grpo.rollout(policy, prompts, 4, 12, [], generators())
     stops = free.completions[0, :, 1].tolist() + free.completions[1, :2, 3].tolist()
     seen = []
-    attend = Decoding.attend
-    monkeypatch.setattr(Decoding, "attend", lambda self, query, *rest: seen.append(query.shape[2]) or
-                        attend(self, query, *rest))
+    go_on = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, token: seen.append(len(token)) or go_on(self, token))
     dropped = grpo.rollout(policy, prompts, 4, 12, stops, generators())
     assert seen[0] == 8 and seen[-1] < 8
     monkeypatch.setattr(grpo, "rows_to_keep", lambda running: None)

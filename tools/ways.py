@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 import grpo
 import model
 from support import video
+from support.attention import Decoding, Packed
 from support.launch import flag
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +37,7 @@ class Sizes:
     prompts: int = flag(1, "B, prompts at once")
     group_size: int = flag(8, "G, completions a prompt")
     max_tokens: int = flag(128, "C, tokens of every completion; with --evaluate the most")
-    hidden: int = flag(512, "width of the decoder, a multiple of 128, which is that of a head")
+    hidden: int = flag(512, "width of the decoder; a head has 128, or 16 where that is no multiple")
     layers: int = flag(4, "its depth")
     vocabulary: int = flag(8192, "number of tokens")
     vision_hidden: int = flag(256, "width of the vision tower")
@@ -48,12 +50,14 @@ def shape(sizes: Sizes) -> Qwen2_5_VLConfig:
     """The model's configuration: that of `sizes.model`, or Qwen2.5-VL-3B's in the other sizes."""
     if sizes.model:
         return Qwen2_5_VLConfig.from_pretrained(sizes.model)
+    head = 128 if sizes.hidden % 128 == 0 else 16       # the published models' width of a head, or for overhead's sake
     ids = {f"{name}_token_id": sizes.vocabulary - i
            for i, name in enumerate(("vision_start", "vision_end", "image", "video"), 1)}
     text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
-                intermediate_size=sizes.hidden * 43 // 8, num_attention_heads=sizes.hidden // 128, bos_token_id=None,
-                num_key_value_heads=min(2, sizes.hidden // 128), eos_token_id=None, max_position_embeddings=32768,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+                intermediate_size=sizes.hidden * 43 // 8, num_attention_heads=sizes.hidden // head, bos_token_id=None,
+                num_key_value_heads=min(2, sizes.hidden // head), eos_token_id=None, max_position_embeddings=32768,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                     mrope_section=[head // 8, head * 3 // 16, head * 3 // 16]))
     vision = dict(depth=sizes.vision_depth, hidden_size=sizes.vision_hidden, num_heads=4, tokens_per_second=2,
                   intermediate_size=sizes.vision_hidden * 171 // 64, out_hidden_size=sizes.hidden,
                   fullatt_block_indexes=list(range(3, sizes.vision_depth, 4)))
@@ -130,6 +134,34 @@ def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size
                    generators: list[torch.Generator] | None) -> Tensor:
     """Completions (B, G, tokens) that nothing stops, this project's way."""
     return grpo.rollout(policy, prompts, group_size, tokens, [-1], generators).completions
+
+
+class Plain:
+    """What `Policy.start_decoding` gives, but through transformers' layers and attention.Decoding."""
+    fixed = False
+
+    def __init__(self, policy: model.Policy, packed: Packed, rows: int, start: Tensor, most: int):
+        self.policy, self.layout, self.position = policy, Decoding(packed, rows), start
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    def __call__(self, token: Tensor) -> Tensor:
+        hidden = self.policy.hidden(token, self.position.expand(3, -1), self.layout)            # (B * R, H)
+        self.layout.tokens += 1
+        self.position = self.position + 1
+        return hidden
+
+    def keep(self, groups: Tensor, rows: Tensor) -> None:
+        self.layout.keep(groups, rows)
+        self.position = self.position[rows]
+
+
+def plainly(policy: model.Policy) -> model.Policy:
+    """The policy, sampling through `Plain` from now on."""
+    policy.start_decoding = partial(Plain, policy)
+    return policy
 
 
 @torch.no_grad()

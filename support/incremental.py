@@ -1,0 +1,153 @@
+"""One new token a row: what `Policy.hidden` computes with a `Decoding`, in as few kernels as PyTorch's operators allow.
+
+A token of a deep model costs tens of milliseconds of Python and kernel launches, whatever the arithmetic. So layers are
+gone through here without transformers' code: rotary tables are made once a rollout, queries and keys rotated together
+and in place; keys and values go into a buffer of fixed size; scale, padding and residual are part of a product, a norm
+is one operator.
+
+Linear modules that are no plain nn.Linear, such as LoRA's, are called, so that what is around them counts. Under FSDP
+the weights have to be gathered already, as they are behind the prompts' own pass inside sharding.gathered: no hook
+runs here.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from support.attention import Packed
+
+
+class Layer(NamedTuple):
+    """The parts of a decoder layer, functions of x (n, H)."""
+    norm: Callable
+    qkv: Callable           # (n, all heads * d)
+    out: Callable           # (x, attention's result) -> x + its projection
+    mlp_norm: Callable
+    gate: Callable
+    up: Callable
+    act: Callable
+    down: Callable          # (x, product) -> x + its projection
+
+
+def norm(module: nn.Module) -> Callable:
+    """transformers' RMS norm as one operator."""
+    shape, weight, eps = tuple(module.weight.shape), module.weight, module.variance_epsilon
+    return lambda x: torch.rms_norm(x, shape, weight, eps)
+
+
+def product(module: nn.Module, added: bool = False) -> Callable:
+    """x -> module(x), of a linear one without bias; or (x, y) -> x + module(y)."""
+    if type(module) is not nn.Linear or module.bias is not None:
+        return (lambda x, y: x + module(y)) if added else module
+    weight = module.weight.t()
+    return (lambda x, y: torch.addmm(x, y, weight)) if added else (lambda x: torch.mm(x, weight))
+
+
+def side_by_side(*modules: nn.Module) -> Callable:
+    """x -> cat of all module(x); the weights of plain ones are joined."""
+    if any(type(module) is not nn.Linear or module.bias is None for module in modules):
+        return lambda x: torch.cat([module(x) for module in modules], 1)
+    weight, bias = (torch.cat([getattr(module, name) for module in modules]) for name in ("weight", "bias"))
+    weight = weight.t()
+    return lambda x: torch.addmm(bias, x, weight)
+
+
+def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor], heads: int, scale: float,
+            keys: Float[Tensor, "Bk d P"], values: Float[Tensor, "Bk P d"], bias: Tensor, beta: int, write: Callable,
+            own_keys: Float[Tensor, "Bkr d c"], own_values: Float[Tensor, "Bkr c d"], own_bias: Tensor,
+            own_beta: int) -> Float[Tensor, "n H"]:
+    """One layer, n = B * R rows; k key heads. c are a row's own tokens, the last one new: write(new) puts its keys and
+    values, of all heads (n, 2 k, d), among them. Of a bias, beta is the factor; 0: there is none."""
+    n, d, length, repeats = len(x), *keys.shape[1:], heads * len(x) // len(own_keys)
+    key_heads, groups = heads // repeats, len(keys) * repeats // heads
+    y = layer.qkv(layer.norm(x)).view(n, -1, d)
+    turned = y.narrow(1, 0, heads + key_heads)
+    rolled = turned.roll(d // 2, 2)
+    turned.mul_(rotary[0]).addcmul_(rolled, rotary[1])
+    q, new = y.split((heads, 2 * key_heads), 1)
+    write(new)
+    q = q.view(groups, -1, key_heads, repeats, d).transpose(1, 2).reshape(len(keys), -1, d)
+    to_prompt = torch.baddbmm(bias, q, keys, beta=beta, alpha=scale)                            # (B k, R * repeats, P)
+    q = q.view(-1, repeats, d)
+    to_own = torch.baddbmm(own_bias, q, own_keys, beta=own_beta, alpha=scale)                   # (B k R, repeats, c)
+    weights = torch.cat([to_prompt.view(-1, repeats, length), to_own], 2).softmax(2)            # in fp32 inside
+    y = torch.bmm(weights[..., :length].view_as(to_prompt), values).view_as(q)
+    y = y.baddbmm_(weights[..., length:], own_values).view(groups, key_heads, -1, repeats, d)
+    x = layer.out(x, y.transpose(1, 2).reshape(n, heads * d))
+    y = layer.mlp_norm(x)
+    return layer.down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
+
+
+class Step:
+    """The state of B prompts with R rows of completions each; a call goes on by one token a row."""
+    fixed = False       # rows stay as many as they are: there is no `keep`
+
+    def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int):
+        """`decoder`: transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
+        `start`: the first position behind each row's prompt. `most`: new tokens a row at most."""
+        self.decoder, self.rows, self.tokens = decoder, rows, 0
+        self.scale, self.norm = decoder.layers[0].self_attn.scaling, norm(decoder.norm)
+        self.layers = [self.parts(block, block.self_attn, block.mlp) for block in decoder.layers]
+        lengths, first = torch.tensor(packed.prompts), packed.kept[0][0]                        # (1, k, N, d)
+        self.heads, longest = (decoder.config.num_attention_heads, first.shape[1]), self.padded(int(lengths.max()))
+        # Of each layer keys and values: of the prompts (2, B, k, P, d), and of rows, in the order (B, k, R), (.., T, d)
+        self.own = first.new_zeros(len(self.layers), 2, len(start) * first.shape[1], most, first.shape[3])
+        self.prompts = []
+        for layer in range(len(self.layers)):
+            parts = [x[0].transpose(0, 1).split(packed.prompts) for x in packed.kept.pop(layer)]    # B of (P, k, d)
+            parts = torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts])
+            self.prompts.append(torch.nn.functional.pad(parts, (0, 0, 0, longest - parts.shape[3])))
+        beyond = (torch.arange(longest) >= lengths[:, None]).to(first.device)                   # (B, P) padding
+        self.bias = first.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf) if beyond.any() else None
+        self.offset = start - start.min()                                                       # (B * R,)
+        positions = torch.arange(int(self.offset.max()) + most, device=start.device) + start.min()
+        cos, (sin,) = decoder.rotary_emb(first, positions.expand(3, 1, -1))                     # (positions, d)
+        sin = torch.cat([-sin[:, :sin.shape[1] // 2], sin[:, sin.shape[1] // 2:]], 1)           # so that x is rolled
+        self.table = torch.stack([cos[0], sin], 1)[:, :, None]                                  # (positions, 2, 1, d)
+        self.flatten()
+
+    def padded(self, longest: int) -> int:
+        return longest
+
+    @staticmethod
+    def parts(block: nn.Module, attention: nn.Module, mlp: nn.Module) -> Layer:
+        return Layer(norm(block.input_layernorm), side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
+                     product(attention.o_proj, True), norm(block.post_attention_layernorm), product(mlp.gate_proj),
+                     product(mlp.up_proj), mlp.act_fn, product(mlp.down_proj, True))
+
+    def flatten(self) -> None:
+        """What all steps need of the prompts: of each layer keys (B k, d, P) and values (B k, P, d), the bias, beta."""
+        self.flat = [x[0].flatten(0, 1).mT for x in self.prompts], [x[1].flatten(0, 1) for x in self.prompts]
+        self.padding = self.table[0, 0, 0, 0], 0
+        if self.bias is not None:
+            self.padding = self.bias.repeat_interleave(self.heads[1], 0)[:, None], 1            # (B k, 1, P)
+
+    def __call__(self, token: Int[Tensor, " BR"]) -> Float[Tensor, "BR H"]:
+        """The last layer's output at a new token a row."""
+        (_, groups, key_heads, _, d), rows = self.prompts[0].shape, self.rows
+        own = self.own.narrow(2, 0, groups * key_heads * rows)
+        slots = own.select(3, self.tokens).view(-1, 2, groups, key_heads, rows, d).unbind()
+        keys, values = own.narrow(3, 0, self.tokens + 1).unbind(1)                              # (layers, B k R, c, d)
+        x, rotary = self.decoder.embed_tokens(token), self.table.index_select(0, self.offset).unbind(1)
+        for layer, *prompt, slot, k, v in zip(self.layers, *self.flat, slots, keys.mT.unbind(), values.unbind()):
+            write = lambda new: slot.copy_(new.view(groups, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4))
+            x = through(layer, x, rotary, self.heads[0], self.scale, *prompt, *self.padding, write, k, v, x[0, 0], 0)
+        self.offset += 1
+        self.tokens += 1
+        return self.norm(x)
+
+    def keep(self, groups: Int[Tensor, " kept"], rows: Int[Tensor, " chosen"]) -> None:
+        """Go on with the prompts `groups` (B',) and, of the B * R rows so far, with `rows` (B' * R',)."""
+        key_heads, before = self.heads[1], self.rows
+        self.rows, self.offset = len(rows) // len(groups), self.offset[rows]
+        chosen = (rows // before * key_heads * before + rows % before).view(-1, 1, self.rows)   # (B', 1, R')
+        chosen = (chosen + torch.arange(key_heads, device=rows.device)[:, None] * before).flatten()     # (B' k R',)
+        for layer, own in enumerate(self.own):      # in place, with a copy of one layer at a time
+            own[:, :len(chosen), :self.tokens] = own[:, chosen, :self.tokens]
+            if len(groups) < self.prompts[layer].shape[1]:
+                self.prompts[layer] = self.prompts[layer][:, groups]
+        self.bias = None if self.bias is None else self.bias[groups]
+        self.flatten()

@@ -1,0 +1,139 @@
+"""The decoding step against transformers' own layers, on models of random shapes: the same tokens, fewer kernels."""
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import grpo
+import model
+from support.incremental import Step
+from tools import ways
+
+HEADS = [(2, 1), (4, 2), (4, 4), (6, 2), (3, 1)]        # attention heads and key heads
+
+
+def policy_of(seed, dtype=torch.float64):
+    """A policy of random shape; its decoder's weights are large enough for what it reads to matter."""
+    rng = random.Random(seed)
+    heads, key_heads = rng.choice(HEADS)
+    sizes = ways.Sizes(hidden=16 * heads, layers=rng.choice([1, 2, 3]), vocabulary=rng.choice([90, 300]),
+                       vision_hidden=32, vision_depth=1, seed=seed)
+    shaped, tied = ways.shape(sizes), rng.random() < 0.5
+    shaped.text_config.num_key_value_heads, shaped.tie_word_embeddings = key_heads, tied
+    shaped.text_config.tie_word_embeddings = tied
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ways, "shape", lambda _: shaped)
+        policy = ways.build(sizes).to(dtype)
+    for layer in policy.qwen.model.language_model.layers:
+        for weight in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight, layer.self_attn.q_proj.bias,
+                       layer.self_attn.v_proj.bias):
+            nn.init.normal_(weight)
+    assert (policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight) == tied
+    return policy
+
+
+def prompts_of(policy, seed, count):
+    """Prompts of different lengths, with videos of different lengths."""
+    rng, found = random.Random(seed), []
+    for i in range(count):
+        sizes = ways.Sizes(grids=rng.randint(1, 3), side=28 * rng.randint(1, 2), text=rng.randint(8, 15), seed=seed + i)
+        found += ways.make_prompts(sizes, policy.qwen.config)
+    return found
+
+
+def both(policy, prompts, *args, **named):
+    """Rollouts of the step and of the plain path."""
+    seeded = lambda: [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    fast = grpo.rollout(policy, prompts, *args, generators=seeded(), **named)
+    ways.plainly(policy)
+    plain = grpo.rollout(policy, prompts, *args, generators=seeded(), **named)
+    del policy.start_decoding
+    return fast, plain
+
+
+def equal(fast, plain, **tolerance):
+    assert torch.equal(fast.completions, plain.completions) and torch.equal(fast.mask, plain.mask)
+    torch.testing.assert_close(fast.logprobs, plain.logprobs, **tolerance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_is_the_plain_path(seed):
+    """Several prompts of different lengths, rows that stop and are dropped, a temperature."""
+    policy, rng = policy_of(seed), random.Random(seed)
+    prompts = prompts_of(policy, seed, rng.randint(1, 3))
+    size, temperature = rng.randint(1, 5), rng.choice([1.0, 0.7])
+    fast, plain = both(policy, prompts, size, 20, [], temperature=temperature)
+    assert len(fast.completions.unique()) > 10
+    equal(fast, plain, rtol=1e-5, atol=1e-5)                # transformers' norms compute in fp32
+    stops = fast.completions.flatten(0, 1)[::2, 3].tolist()
+    fast, plain = both(policy, prompts, size, 20, stops, temperature=temperature)
+    equal(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_in_half_precision_the_step_is_no_farther_off():
+    """In bf16 the step and the plain path both round; neither is nearer to fp64 by more than a third."""
+    exact, half = policy_of(1), policy_of(1, torch.bfloat16)
+    prompts = prompts_of(exact, 1, 2)
+    fast, plain = both(half, prompts, 4, 12, [])
+    off = []
+    for found in (fast, plain):
+        with torch.no_grad():
+            wanted = grpo.logprobs(exact, prompts, found.completions, found.mask)
+        off.append((found.logprobs - wanted).abs().mean().item())
+    assert off[0] < 1.33 * off[1] and off[1] < 1.33 * off[0]
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank one beside it, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("names", [["q_proj", "v_proj"], ["o_proj", "down_proj"],
+                                   ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]])
+def test_what_is_around_a_linear_layer_counts(names):
+    policy = policy_of(2)
+    prompts = prompts_of(policy, 2, 2)
+    before, _ = both(policy, prompts, 3, 10, [])
+    torch.manual_seed(0)
+    for layer in policy.qwen.model.language_model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name in names:
+                if hasattr(part, name):
+                    setattr(part, name, Adapted(getattr(part, name)))
+    fast, plain = both(policy, prompts, 3, 10, [])
+    equal(fast, plain, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(before.logprobs, fast.logprobs)
+
+
+def test_logits_that_are_not_finite_end_strict_sampling(monkeypatch):
+    policy = policy_of(0)
+    policy.strict = True
+    prompts = prompts_of(policy, 0, 1)
+    grpo.rollout(policy, prompts, 2, 5, [])
+    go_on = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, token: go_on(self, token) * torch.nan)
+    with pytest.raises(model.ModelError, match="not finite"):
+        grpo.rollout(policy, prompts, 2, 5, [])
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_the_compiled_step_is_the_plain_path(seed):
+    policy = policy_of(seed)
+    prompts = prompts_of(policy, seed, 2)
+    free = grpo.rollout(policy, prompts, 3, 12, [], [torch.Generator().manual_seed(i) for i in range(2)])
+    policy.compiled = True
+    for stops in ([], free.completions[:, :, 3].flatten().tolist()):
+        equal(*both(policy, prompts, 3, 12, stops), rtol=1e-5, atol=1e-5)
