@@ -180,7 +180,7 @@ def read_held_out(config: Any) -> list[data.Sample]:
 
 
 def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
-                   encoder: model.Encoder, load: Loader) -> Callable[[Logs | None], None]:
+                   encoder: model.Encoder, load: Loader) -> Callable[[Logs], None]:
     """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
     logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
     if not samples:
@@ -188,15 +188,14 @@ def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample],
     settings = Config(config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
     evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
 
-    def evaluate_if_due(log: Logs | None) -> None:
+    def evaluate_if_due(log: Logs) -> None:
         if evaluations.due(run.step):
             began = time.perf_counter()
             with sharding.gathered(policy):
                 rows = predict_with(settings, policy, encoder, load, samples)
             row = {"step": run.step, **summarise(rows), "seconds": time.perf_counter() - began}
             evaluations.add(row, partial(model.save, policy, encoder))
-            if log:
-                log.evaluation(row)
+            log.evaluation(row)
     return evaluate_if_due
 
 

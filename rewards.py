@@ -39,7 +39,6 @@ if TYPE_CHECKING:   # spaCy itself is loaded when it is first needed
     from spacy.tokens import Doc, Token
 
 LIMIT = 2000      # characters of a text that are read for verbs: a query has 30, an honest description a few hundred
-BE = {"be", "am", "is", "are", "was", "were", "been", "being", "'s", "’s", "'re", "’re", "'m", "’m"}    # no actions
 CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
 # A word of a verbless sentence is its verb from these log-odds on: "person open door" has -4.4, "a dress" -9.2
 LIKELY = -7.5

@@ -159,7 +159,7 @@ def main(config: Config) -> None:
 
     with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
         evaluate_if_due = evaluate.while_training(config, run, held_out, policy, encoder, load)
-        log = Logs(run.output, config.group_size, run.step, config.tensorboard) if rank == 0 else None
+        log = Logs(run.output, rank, config.group_size, run.step, config.tensorboard)
         evaluate_if_due(log)
         began = time.perf_counter()
         for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
@@ -172,10 +172,8 @@ def main(config: Config) -> None:
                 numbers = take_step(config, policy, reference, optimizer, passes, numbers, world)
             else:   # nothing to learn: Adam would take a step of full size on the tiny gradient of the KL term
                 numbers |= {**dict.fromkeys(("kl", "loss", "clipped", "mismatch")), "grad_norm": 0.0, "updates": 0}
-            numbers = {"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
-                       "lr": optimizer.param_groups[0]["lr"]}
-            if log:
-                log.step(numbers, rows, time.perf_counter() - began)
+            log.step({"step": step, "task": task.name, "part": task.part, **run.count(step, numbers),
+                      "lr": optimizer.param_groups[0]["lr"]}, rows, time.perf_counter() - began)
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
             evaluate_if_due(log)

@@ -16,10 +16,12 @@ WATCHED = ("kl", "tokens", "seconds")       # on the console, behind the reward 
 
 
 class Logs:
-    """Only the first process makes one. What an earlier run wrote from `step` on is taken out first."""
+    """Only the first process, of rank 0, writes. What an earlier run wrote from `step` on is taken out first."""
 
-    def __init__(self, output: Path, group_size: int, step: int, tensorboard: bool = False):
-        self.output, self.group_size, self.named = output, group_size, set()
+    def __init__(self, output: Path, rank: int, group_size: int, step: int, tensorboard: bool = False):
+        self.output, self.first, self.group_size, self.named, self.board = output, rank == 0, group_size, set(), None
+        if not self.first:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             checkpoint.rewind(output / name, step)
         self.board = open_board(output, step) if tensorboard else None
@@ -27,6 +29,8 @@ class Logs:
     def step(self, numbers: dict, rows: list[dict], seconds: float) -> None:
         """Tell of one step: its numbers, with "step", "task" and the name of the reward's "part", a row for each
         completion, and once the name of every video that had to be replaced."""
+        if not self.first:
+            return
         bad = [error for row in rows for error in row.pop("bad_videos")]
         skipped = launch.not_finite(numbers)
         numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,

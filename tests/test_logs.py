@@ -28,7 +28,7 @@ def said(monkeypatch):
 
 
 def test_a_step_is_one_short_line(tmp_path, said):
-    log = logs.Logs(tmp_path, 2, 0)
+    log = logs.Logs(tmp_path, 0, 2, 0)
     log.step(numbers(12), rows(), 8.0)
     log.step(numbers(13, kl=None), rows(), 8.0)
     assert said == ["step 12  VC   reward 1.12 = format 0.875 + vc 0.25  kl 0.0031  tokens 41.2  seconds 8",
@@ -39,10 +39,13 @@ def test_a_step_is_one_short_line(tmp_path, said):
     samples = [json.loads(line) for line in open(tmp_path / "samples.jsonl")]
     assert len(samples) == 4 and samples[0] == {"step": 12, "task": "VC", "completion": "x", "tokens": 4}
     assert not (tmp_path / "tensorboard").exists()
+    other = logs.Logs(tmp_path / "other", 1, 2, 0, tensorboard=True)        # of another process
+    other.step(numbers(0), rows(), 8.0)
+    assert not (tmp_path / "other").exists() and len(said) == 2
 
 
 def test_what_went_wrong_is_said_once(tmp_path, said):
-    log = logs.Logs(tmp_path, 2, 0)
+    log = logs.Logs(tmp_path, 0, 2, 0)
     log.step(numbers(0, loss=float("nan"), updates=0), rows(["a.mp4: torn"]), 1.0)
     log.step(numbers(1, loss=float("inf"), updates=2), rows(["a.mp4: torn", "b.mp4: gone"]), 1.0)
     assert [line for line in said if not line.startswith(("step 0  ", "step 1  "))] == [
@@ -58,7 +61,7 @@ def scalars(folder):
 
 
 def test_tensorboard_has_the_numbers_of_the_files_once(tmp_path, said):
-    log = logs.Logs(tmp_path, 2, 0, tensorboard=True)
+    log = logs.Logs(tmp_path, 0, 2, 0, tensorboard=True)
     for step, task in enumerate(("TVG", "VC", "TVG")):
         log.step(numbers(step, task, reward=step / 2, kl=None if step == 1 else 0.5), rows(), 4.0)
     log.evaluation({"step": 2, "mIoU": 0.25, "mIoU_95": [0.1, 0.3]})
@@ -69,7 +72,7 @@ def test_tensorboard_has_the_numbers_of_the_files_once(tmp_path, said):
     assert found["step/seconds"] == [(0, 4.0), (1, 4.0), (2, 4.0)] and found["held_out/mIoU"] == [(2, 0.25)]
     assert len(found) == 2 * 5 + 3 + len(KEYS) + 1
 
-    log = logs.Logs(tmp_path, 2, 2, tensorboard=True)       # a run that goes on from step 2
+    log = logs.Logs(tmp_path, 0, 2, 2, tensorboard=True)       # a run that goes on from step 2
     log.step(numbers(2, "TVG", reward=0.75), rows(), 4.0)
     found = scalars(tmp_path)
     assert found["TVG/reward"] == [(0, 0.0), (2, 0.75)] and found["held_out/mIoU"] == [(2, 0.25)]
