@@ -326,7 +326,7 @@ def narrated(rows: list[dict], stories: dict[str, Story]) -> dict[str, float]:
     thought wrong."""
     told = Counter()
     for row in rows:
-        said = dict(re.findall(r"(\d+) ([a-z]+)", row["completion"].partition("</think>")[0]))
+        said = dict(re.findall(r"(\d+) ([a-z]+)", re.split("</think>|<answer>", row["completion"])[0]))
         for second, verb in enumerate(stories[Path(row["video"]).stem].verbs):
             if verb != "resting":
                 kinds = {verb: "narrated", VERBS[verb]: "opposite", "resting": "rest", None: "missing"}
