@@ -169,7 +169,7 @@ def read_held_out(config: Any) -> list[data.Sample]:
     try:
         samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
                                       config.allow_outside)
-    except data.AnnotationError as error:
+    except ValueError as error:
         raise ValueError(str(error).replace("--annotations", "--eval_annotations")
                          .replace("--videos", "--eval_videos")) from error
     chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])

@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+MERGED = ("cpu",)       # devices on which a completion's two softmaxes are merged
+
 
 class Packed:
     """Attention of B prompts and the completions of each, packed as above. With `keep`, keys and values stay."""
@@ -50,7 +52,7 @@ class Packed:
                for prompt, _ in zip(zip(*parts), self.prompts)]
         for b, (shape, columns, real) in enumerate(self.groups, len(self.prompts)):
             prompt = [x[b - len(self.prompts)] for x in parts[1:]]
-            if query.device.type == "cpu":
+            if query.device.type in MERGED:
                 out.append(Merged.apply(*(x[b] for x in parts), *prompt, shape, columns, real, scale))
                 continue
             q, k, v = (x[b][0].index_select(1, columns).unflatten(1, shape).transpose(0, 1) for x in parts)

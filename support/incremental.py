@@ -71,7 +71,7 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
     write(new)
     q = q.view(groups, -1, key_heads, repeats, d).transpose(1, 2).reshape(len(keys), -1, d)
     to_prompt = torch.baddbmm(bias, q, keys, beta=beta, alpha=scale)                            # (B k, R * repeats, P)
-    q = q.view(-1, repeats, d)
+    q = q.reshape(-1, repeats, d)       # a copy where a head has keys of its own and there is one prompt
     to_own = torch.baddbmm(own_bias, q, own_keys, beta=own_beta, alpha=scale)                   # (B k R, repeats, c)
     weights = torch.cat([to_prompt.view(-1, repeats, length), to_own], 2).softmax(2)            # in fp32 inside
     y = torch.bmm(weights[..., :length].view_as(to_prompt), values).view_as(q)

@@ -45,7 +45,10 @@ def base(folder: str) -> str:
     if not Path(folder, CONFIG).exists():
         return folder
     path = peft_config(folder).get("base_model_name_or_path")
-    path = local_folder(path) if isinstance(path, str) else path
+    try:
+        path = local_folder(path) if isinstance(path, str) else path
+    except ModelError as error:
+        raise ModelError(f"{folder}: the model of its adapters is not there; {error}") from error
     if not isinstance(path, str) or not Path(path, "config.json").is_file() or Path(path, CONFIG).exists():
         raise ModelError(f"{folder}: the model of its adapters, {path!r}, is not there; write the path of its folder "
                          f"to base_model_name_or_path in {CONFIG}")

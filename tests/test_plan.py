@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import grpo
 import model
 import train
-from support import launch, lora, sharding
+from support import attention, launch, lora, sharding
 from tools import plan, ways
 
 SHAPES = {"wide": ways.Sizes(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
@@ -96,8 +96,9 @@ def test_a_lone_completion_is_a_longer_prompt():
 
 @pytest.mark.parametrize("dtype, recompute, freeze", [(torch.bfloat16, False, False), (torch.float32, False, True),
                                                       (torch.float32, True, False)])
-def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
-    """Peak of forward and backward pass, beside weights and gradients."""
+def test_memory_of_scoring_is_as_measured(small, monkeypatch, dtype, recompute, freeze):
+    """Peak of forward and backward pass, beside weights and gradients, with attention as on GPUs."""
+    monkeypatch.setattr(attention, "MERGED", ())
     config, policy, prompts, completions = small
     policy.to(dtype)
     policy.qwen.model.visual.requires_grad_(not freeze)
@@ -113,18 +114,20 @@ def test_memory_of_scoring_is_as_measured(small, dtype, recompute, freeze):
 
 @pytest.mark.parametrize("grids, rows", [(2, 64), (12, 16)])
 def test_memory_of_the_cache_is_as_measured(grids, rows):
-    """Peak of rollouts in which keys and values are nearly everything: of completions, and half of the prompt."""
+    """Peak of rollouts in which keys and values, and weights side by side, are nearly everything."""
     config = ways.Sizes(hidden=128, layers=24, vision_hidden=64, vision_depth=1, vocabulary=300, grids=grids,
                         side=112, text=10)
     policy = ways.build(config)
     prompts = ways.make_prompts(config, policy.qwen.config)
     measured = most(lambda: grpo.rollout(policy, prompts, rows, 3, [-1]))
     counted = plan.cache_bytes(policy.qwen.config, len(prompts[0].ids), rows, 3, 4)
+    counted += plan.joined_bytes(policy.qwen.config, 4)
     assert counted == pytest.approx(measured, rel=0.15)
 
 
 def lora_step(name, dtype, recompute) -> tuple[int, float]:
     """(the most bytes at once of two steps with adapters, as train.py takes them on one GPU, what plan.py says)."""
+    attention.MERGED = ()
     config, rank = SHAPES[name], 16
     policy = ways.build(config)
     lora.attach(policy.qwen, "", rank)

@@ -44,8 +44,7 @@ STOPS = ["<|im_end|>", "<|endoftext|>"]
 NEVER_SAID = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 MEAN, STD = (torch.tensor(x) for x in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
 
-# Two runs that differ from the defaults in every flag with a say in the arithmetic (NO_FIGURE are the others). In the
-# first one another seed, other tasks, a p larger or smaller by 0.02 each change what is drawn: test_tasks_of_a_run.
+# Two runs, every flag with another value: p off by 0.02, another seed, other tasks each change what the first one draws
 ALL_FLAGS = dict(steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_size=4, prompts_per_step=3,
                  prompts_per_pass=2, beta=0.5, learning_rate=1e-3, warmup_steps=2, max_grad_norm=0.4, max_tokens=24,
                  temperature=0.7, total_pixels=PIXELS)
@@ -54,7 +53,7 @@ FROZEN = dict(steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts
 NO_FIGURE = {"model", "annotations", "videos", "output", "allow_outside", "workers", "cache", "cache_gb", "video_limit",
              "save_every", "keep", "resume", "max_bad_steps", "tensorboard", "eval_annotations", "eval_every",
              "eval_samples", "eval_videos", "vd_verbs", "loss", "scale_rewards", "updates", "clip", "think", "merge",
-             "compile", "lora_rank"}    # they have no say in it, or are tested elsewhere
+             "lora_rank"}   # no say in it, or tested elsewhere
 
 
 def film(path, seconds, side):

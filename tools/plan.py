@@ -120,10 +120,17 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
 
 
 def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: int, size: int = 2) -> int:
-    """Keys and values while sampling: the prompt's once, and each completion's in room that doubles from 64 tokens."""
-    text, room = config.text_config, 64 * 2 ** max(0, math.ceil(math.log2(tokens / 64)))
+    """Keys and values while sampling: the prompt's once, and each completion's in room for its longest."""
+    text = config.text_config
     kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return 2 * size * text.num_hidden_layers * kv * (prompt + group_size * room)
+    return 2 * size * text.num_hidden_layers * kv * (prompt + group_size * tokens)
+
+
+def joined_bytes(config: Qwen2_5_VLConfig, size: int = 2) -> int:
+    """The copies of each layer's query, key and value weights side by side, made for sampling (support.incremental)."""
+    text = config.text_config
+    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return size * text.num_hidden_layers * text.hidden_size * (text.hidden_size + 2 * kv)
 
 
 def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
@@ -175,6 +182,7 @@ def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], gr
                    "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0},
         "sampling": {"gathered weights, bf16": 2 * spread,
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
+                     "q, k, v weights joined": 0 if rank else joined_bytes(config, size),
                      "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
         "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
                     "logits, then a layer": max(3 * 4 * logits, prompts * layer * recompute),
