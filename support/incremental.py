@@ -57,8 +57,8 @@ def side_by_side(*modules: nn.Module) -> Callable:
 
 def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor], heads: int, scale: float,
             keys: Float[Tensor, "Bk d P"], values: Float[Tensor, "Bk P d"], bias: Tensor, beta: int, write: Callable,
-            own_keys: Float[Tensor, "Bkr d c"], own_values: Float[Tensor, "Bkr c d"], own_bias: Tensor,
-            own_beta: int) -> Float[Tensor, "n H"]:
+            own_keys: Float[Tensor, "Bkr d c"], own_values: Float[Tensor, "Bkr c d"],
+            ) -> Float[Tensor, "n H"]:
     """One layer, n = B * R rows; k key heads. c are a row's own tokens, the last one new: write(new) puts its keys and
     values, of all heads (n, 2 k, d), among them. Of a bias, beta is the factor; 0: there is none."""
     n, d, length, repeats = len(x), *keys.shape[1:], heads * len(x) // len(own_keys)
@@ -72,7 +72,7 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
     q = q.view(groups, -1, key_heads, repeats, d).transpose(1, 2).reshape(len(keys), -1, d)
     to_prompt = torch.baddbmm(bias, q, keys, beta=beta, alpha=scale)                            # (B k, R * repeats, P)
     q = q.reshape(-1, repeats, d)       # a copy where a head has keys of its own and there is one prompt
-    to_own = torch.baddbmm(own_bias, q, own_keys, beta=own_beta, alpha=scale)                   # (B k R, repeats, c)
+    to_own = torch.baddbmm(x[0, 0], q, own_keys, beta=0, alpha=scale)                           # (B k R, repeats, c)
     weights = torch.cat([to_prompt.view(-1, repeats, length), to_own], 2).softmax(2)            # in fp32 inside
     y = torch.bmm(weights[..., :length].view_as(to_prompt), values).view_as(q)
     y = y.baddbmm_(weights[..., length:], own_values).view(groups, key_heads, -1, repeats, d)
@@ -83,7 +83,6 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
 
 class Step:
     """The state of B prompts with R rows of completions each; a call goes on by one token a row."""
-    fixed = False       # rows stay as many as they are: there is no `keep`
 
     def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int):
         """`decoder`: transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
@@ -92,14 +91,13 @@ class Step:
         self.scale, self.norm = decoder.layers[0].self_attn.scaling, norm(decoder.norm)
         self.layers = [self.parts(block, block.self_attn, block.mlp) for block in decoder.layers]
         lengths, first = torch.tensor(packed.prompts), packed.kept[0][0]                        # (1, k, N, d)
-        self.heads, longest = (decoder.config.num_attention_heads, first.shape[1]), self.padded(int(lengths.max()))
+        self.heads, longest = (decoder.config.num_attention_heads, first.shape[1]), int(lengths.max())
         # Of each layer keys and values: of the prompts (2, B, k, P, d), and of rows, in the order (B, k, R), (.., T, d)
         self.own = first.new_zeros(len(self.layers), 2, len(start) * first.shape[1], most, first.shape[3])
         self.prompts = []
         for layer in range(len(self.layers)):
             parts = [x[0].transpose(0, 1).split(packed.prompts) for x in packed.kept.pop(layer)]    # B of (P, k, d)
-            parts = torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts])
-            self.prompts.append(torch.nn.functional.pad(parts, (0, 0, 0, longest - parts.shape[3])))
+            self.prompts.append(torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts]))
         beyond = (torch.arange(longest) >= lengths[:, None]).to(first.device)                   # (B, P) padding
         self.bias = first.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf) if beyond.any() else None
         self.offset = start - start.min()                                                       # (B * R,)
@@ -108,9 +106,6 @@ class Step:
         sin = torch.cat([-sin[:, :sin.shape[1] // 2], sin[:, sin.shape[1] // 2:]], 1)           # so that x is rolled
         self.table = torch.stack([cos[0], sin], 1)[:, :, None]                                  # (positions, 2, 1, d)
         self.flatten()
-
-    def padded(self, longest: int) -> int:
-        return longest
 
     @staticmethod
     def parts(block: nn.Module, attention: nn.Module, mlp: nn.Module) -> Layer:
@@ -134,7 +129,7 @@ class Step:
         x, rotary = self.decoder.embed_tokens(token), self.table.index_select(0, self.offset).unbind(1)
         for layer, *prompt, slot, k, v in zip(self.layers, *self.flat, slots, keys.mT.unbind(), values.unbind()):
             write = lambda new: slot.copy_(new.view(groups, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4))
-            x = through(layer, x, rotary, self.heads[0], self.scale, *prompt, *self.padding, write, k, v, x[0, 0], 0)
+            x = through(layer, x, rotary, self.heads[0], self.scale, *prompt, *self.padding, write, k, v)
         self.offset += 1
         self.tokens += 1
         return self.norm(x)

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+os.environ["HF_HUB_OFFLINE"] = "1"       # before huggingface_hub is imported: no test asks the network
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Checks shapes; an int is a float. Not those of support.incremental, which torch.compile reads.
+# checks shapes; an int is a float
 install_import_hook(["grpo", "model", "support.attention", "support.decoding"],
                     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

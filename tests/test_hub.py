@@ -16,9 +16,8 @@ REVISION = "66285546d2b821cf421d4f5eb2576359d3770cd3"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A Hugging Face cache, empty, and no network."""
+    """A Hugging Face cache, empty; there is no network (conftest)."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     hub.local_folder.cache_clear()
     yield tmp_path / "hub"

@@ -71,6 +71,16 @@ def test_a_step_is_the_plain_path(seed):
     equal(fast, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("count, size", [(1, 1), (1, 4), (2, 1), (3, 2)])
+def test_every_grouping_of_heads_and_rows(monkeypatch, heads, count, size):
+    """Also heads with keys of their own behind a single prompt, whose queries lie otherwise in memory."""
+    monkeypatch.setattr("test_incremental.HEADS", [heads])
+    policy = policy_of(4)
+    fast, plain = both(policy, prompts_of(policy, 4, count), size, 5, [])
+    equal(fast, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_in_half_precision_the_step_is_no_farther_off():
     """In bf16 the step and the plain path both round; neither is nearer to fp64 by more than a third."""
     exact, half = policy_of(1), policy_of(1, torch.bfloat16)
@@ -127,13 +137,3 @@ def test_logits_that_are_not_finite_end_strict_sampling(monkeypatch):
     monkeypatch.setattr(Step, "__call__", lambda self, token: go_on(self, token) * torch.nan)
     with pytest.raises(model.ModelError, match="not finite"):
         grpo.rollout(policy, prompts, 2, 5, [])
-
-
-@pytest.mark.parametrize("seed", [1, 3])
-def test_the_compiled_step_is_the_plain_path(seed):
-    policy = policy_of(seed)
-    prompts = prompts_of(policy, seed, 2)
-    free = grpo.rollout(policy, prompts, 3, 12, [], [torch.Generator().manual_seed(i) for i in range(2)])
-    policy.compiled = True
-    for stops in ([], free.completions[:, :, 3].flatten().tolist()):
-        equal(*both(policy, prompts, 3, 12, stops), rtol=1e-5, atol=1e-5)

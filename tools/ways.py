@@ -138,8 +138,6 @@ def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size
 
 class Plain:
     """What `Policy.start_decoding` gives, but through transformers' layers and attention.Decoding."""
-    fixed = False
-
     def __init__(self, policy: model.Policy, packed: Packed, rows: int, start: Tensor, most: int):
         self.policy, self.layout, self.position = policy, Decoding(packed, rows), start
 
