@@ -240,8 +240,8 @@ def test_what_is_no_adapter_folder_is_said_in_one_line(stored, tmp_path, what):
     assert named in said and said.startswith(f"{folder}: ") and "\n" not in said and ";" in said, said
 
 
-def test_flags_that_cannot_work_are_named(stored, folder, warm, tmp_path):
-    settings = config(folder, tmp_path / "run")
+def test_flags_that_cannot_work_are_named(stored, folder, tmp_path):
+    settings = config(folder, tmp_path / "run", model=str(folder / "model"))
     for change, named in ((dict(lora_rank=-1), "--lora_rank -1"), (dict(merge=True), "--merge"),
                           (dict(lora_rank=8, model=str(stored)), "--lora_rank 8: the adapters in .* have rank 4")):
         for script in (train, sft):
