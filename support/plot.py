@@ -134,13 +134,15 @@ def examples(rows: list[dict], out_png: str | Path) -> None:
 
 
 def strip(axis: plt.Axes, clip: Clip, ratio: float = 13) -> None:
-    """Draw 10 to 16 frames of a Clip between heights 0 and 3, each from its time on, on an axis that is `ratio` times
-    as wide as they are high; what does not fit a frame's place is cut off."""
+    """Draw 10 to 16 frames of a Clip between heights 0 and 3, each in the middle of its place, on an axis that is
+    `ratio` times as wide as they are high; what does not fit the place is cut off. Rather by a few more or less they
+    are equally far apart: else a motion that starts anew each second may be seen at its start only."""
     total, _, h, w = clip.frames.shape
-    n = min(max(round(ratio * h / w), 10), 16, total)
+    wanted = min(max(round(ratio * h / w), 10), 16, total)
+    n = min((n for n in range(10, 17) if total % n == 0), key=lambda n: abs(n - wanted), default=wanted)
     x, y = max(w - ratio * h // n, 0) // 2, max(h - w * n // ratio, 0) // 2   # cut off at each side
     for i in range(n):
-        frame = clip.frames[i * total // n, :, y:h - y, x:w - x].permute(1, 2, 0).numpy()   # (H', W', 3)
+        frame = clip.frames[(2 * i + 1) * total // (2 * n), :, y:h - y, x:w - x].permute(1, 2, 0).numpy()   # (H', W', 3)
         left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # a gap at the right
         axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
 

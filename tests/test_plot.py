@@ -143,3 +143,14 @@ def test_held_out_scores_have_a_panel(tmp_path):
     check(tmp_path / "both.png", 1500, 1300)
     plot.curves(runs["b"], tmp_path / "b.png")
     assert shown(tmp_path / "both.png", plot.COLOURS["VC"]) > 300 and not shown(tmp_path / "b.png", plot.COLOURS["VC"])
+
+
+@pytest.mark.parametrize("total, drawn", [(24, range(1, 24, 2)), (70, range(2, 70, 5)), (8, range(8)),
+                                          (23, [(2 * i + 1) * 23 // 26 for i in range(13)])])
+def test_a_strip_has_frames_equally_far_apart(total, drawn):
+    """Where their number allows it; of 24 frames, two a second, every second one and not the first of some seconds."""
+    frames = torch.arange(total, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 28, 28)
+    axis = plot.plt.figure().subplots()
+    plot.strip(axis, Clip(frames, 2.0))
+    assert [int(image.get_array()[0, 0, 0]) for image in axis.get_images()] == list(drawn)
+    plot.plt.close(axis.figure)
