@@ -142,9 +142,9 @@ def strip(axis: plt.Axes, clip: Clip, ratio: float = 13) -> None:
     n = min((n for n in range(10, 17) if total % n == 0), key=lambda n: abs(n - wanted), default=wanted)
     x, y = max(w - ratio * h // n, 0) // 2, max(h - w * n // ratio, 0) // 2   # cut off at each side
     for i in range(n):
-        frame = clip.frames[(2 * i + 1) * total // (2 * n), :, y:h - y, x:w - x].permute(1, 2, 0)      # (H', W', 3)
+        frame = clip.frames[(2 * i + 1) * total // (2 * n), :, y:h - y, x:w - x].permute(1, 2, 0).numpy()
         left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # a gap at the right
-        axis.imshow(frame.numpy(), extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
+        axis.imshow(frame, extent=(left, right, 0, 3), aspect="auto", interpolation="nearest" if h < 100 else None)
 
 
 def save(figure: plt.Figure, out_png: str | Path) -> None:
