@@ -3,6 +3,7 @@
     python toy.py               the paper in miniature
     python toy.py --steps 5     a smoke run of all of it, which learns nothing
     python toy.py --weakness verbs --steps 100      wrong verbs in all tasks: what TVG and the inversion tasks mend
+    python toy.py --steps 0     only the world and its warm start, from which experiments.py trains
 
 The world: a coloured circle or square rests, rises, falls, grows, shrinks, spins or blinks, and in most videos does
 both a thing and its opposite. The model: a Qwen2.5-VL of 1.1 million weights. Its warm start imitates a teacher with a
@@ -148,24 +149,26 @@ def demonstrate(story: Story, start: int, end: int, verb: str, task: str, weakne
 
 def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 weakness: str = "both") -> dict[str, Story]:
-    """Videos, train.txt and test.txt (Charades-STA), and the teacher's demonstrations.jsonl for sft.py, as far as they
-    are not there. Returns the stories by name."""
+    """Videos, train.txt and test.txt (Charades-STA), and for sft.py the teacher's demonstrations.jsonl and right.jsonl,
+    those of a teacher without a weakness, as far as they are not there. Returns the stories by name."""
     rng, stories = np.random.default_rng(seed), {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_videos), ("test", test_videos)):
-        lines, demonstrations = [], []
+        lines, demonstrations, right = [], [], []
         for number in range(count):
             name = f"{split}{number:04d}"
             story = stories[name] = tell(rng, name)
             film(story, folder / "videos" / f"{name}.mp4")
             for start, end, verb in story.events():
                 lines.append(f"{name} {start:.1f} {end:.1f}##{story.sentence(verb)}\n")
-                demonstrations += [{"id": f"{name}:{len(lines)}", "task": task,
-                                    "completion": demonstrate(story, start, end, verb, task, weakness, rng)}
-                                   for task in ("TVG", "TVG", "VC", "AR", "VD")]
+                for teacher, rows in ((weakness, demonstrations), ("none", right)):
+                    rows += [{"id": f"{name}:{len(lines)}", "task": task,
+                              "completion": demonstrate(story, start, end, verb, task, teacher, rng)}
+                             for task in ("TVG", "TVG", "VC", "AR", "VD")]
         texts = {f"{split}.txt": "".join(lines)}
         if split == "train":
-            texts["demonstrations.jsonl"] = "".join(json.dumps(row) + "\n" for row in demonstrations)
+            for kind, rows in (("demonstrations", demonstrations), ("right", right)):
+                texts[f"{kind}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         for name, text in texts.items():
             if not (folder / name).exists():
                 launch.write_whole(folder / name, text)
@@ -225,7 +228,7 @@ class Config:
     seed: int = flag(0, "of the world, the warm start and GRPO")
     weakness: str = flag("both", "of the teacher: edges (late in TVG), verbs (taken for their opposites in all tasks), "
                                  "both (late in TVG, one wrong verb in the inversion tasks) or none")
-    steps: int = flag(40, "GRPO steps; below 20, everything else is cut down as well")
+    steps: int = flag(40, "GRPO steps; below 20, everything else is cut down as well; 0: none, the rest in full size")
     tvg_prob: float = flag(0.8, "p of Eq. 13; 1 trains TVG alone")
     learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of a model of 3 billion weights")
     lora_rank: int = flag(0, "rank of adapters that GRPO trains instead of all weights, with --learning_rate 1e-3; 0: "
@@ -234,6 +237,7 @@ class Config:
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
     warm_steps: int = flag(400, "SFT steps of a new warm start")
+    invert_sft: bool = flag(True, "false: the warm start imitates TVG alone, as without Invert-SFT (Figure 6)")
     think: bool = flag(True, "false: no thoughts, so no narration, in warm start, GRPO and evaluation")
     eval_every: int = flag(0, "score 200 test queries every so many GRPO steps; 0: not")
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
@@ -242,13 +246,13 @@ class Config:
 @launch.one_run
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
-    launch.check_numbers(config, "steps", "learning_rate", "prompts_per_step", "warm_steps")
+    launch.check_numbers(config, "learning_rate", "prompts_per_step", "warm_steps")
     lora.check_rank(config.lora_rank)
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
     if config.warm_start:
         model.check_folder(config.warm_start)
-    world, small = Path(config.output), config.steps < 20
+    world, small = Path(config.output), 0 < config.steps < 20
     if launch.occupied(world):
         if not config.resume:
             raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another "
@@ -271,10 +275,14 @@ def main(config: Config) -> dict[str, dict]:
         source = world / "sft" / "model"
         if not (world / "random").exists():
             write_model(world / "random", world, config.seed)
+        shown = world / "demonstrations.jsonl"
+        if not config.invert_sft:
+            rows = [row for row in shown.read_text().splitlines() if json.loads(row)["task"] == "TVG"]
+            launch.write_whole(shown := world / "tvg.jsonl", "\n".join(rows) + "\n")
         if not source.exists():
             sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
                                 steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
-                                demonstrations=str(world / "demonstrations.jsonl"), resume=config.resume, **common))
+                                demonstrations=str(shown), resume=config.resume, **common))
     if not start.exists():
         shutil.copytree(source, world / "model.tmp", dirs_exist_ok=True)
         (world / "model.tmp").rename(start)
@@ -293,6 +301,8 @@ def main(config: Config) -> dict[str, dict]:
     fixed = evaluate.main(evaluate.Config(annotations=common["annotations"], fixed_answer=str(world / "train.txt")))
     rows = {"best fixed answer": fixed, "warm start, blind": test("test_blind", start, blind=True),
             "warm start": test("test_warm_start", start)}
+    if not config.steps:
+        return rows
 
     print(f"4. GRPO, p = {config.tvg_prob}", flush=True)
     common["annotations"] = str(world / "train.txt")

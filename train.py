@@ -77,6 +77,7 @@ class Config:
     max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
     vd_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
                             "written, by which a list of 50 verbs earns 0.96 on Charades-STA")
+    cosine: bool = flag(False, "pay an inversion task the similarity of its verbs in place of 0 or 1 (Table 3)")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
@@ -151,8 +152,10 @@ def main(config: Config) -> None:
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
         task = tasks.in_form(tasks.draw(step, config.seed, config.tvg_prob, config.tasks), config.think)    # Eq. 13
+        options = {"by_cosine": True} if config.cosine and task.inversion else {}
         if task.name == "VD" and config.vd_verbs:
-            task = replace(task, reward=partial(task.reward, limit=config.vd_verbs))
+            options["limit"] = config.vd_verbs
+        task = replace(task, reward=partial(task.reward, **options))
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)
         make = partial(tasks.prepare, task=task, encoder=encoder, load=load)
         return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)

@@ -111,7 +111,8 @@ def examples(rows: list[dict], out_png: str | Path) -> None:
     """Draw answers as bars under the frames of their videos, on one time axis in seconds, into a PNG.
 
     rows: dicts of clip (a Clip), query, truth (start, end), answers and iou {"before": ..., "after": ...}; an answer
-    is (start, end) in seconds or None. The left edge of a frame is its time; what does not fit its place is cut off.
+    is (start, end) in seconds or None; "notes", where there are any, are lines to write below. The left edge of a
+    frame is its time; what does not fit its place is cut off.
     """
     figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.2 * len(rows)), squeeze=False, layout="constrained")
     for axis, row in zip(axes[:, 0], rows):
@@ -124,12 +125,14 @@ def examples(rows: list[dict], out_png: str | Path) -> None:
                 axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
             else:   # an answer of no length is a thin line
                 left, right = np.clip(span, 0, (0.995 * clip.duration, clip.duration))   # beyond the end: at the end
-                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=COLOURS.get(name))
+                colour = COLOURS.get(name, NEW_TASKS[list(bars).index(name) % len(NEW_TASKS)])
+                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=colour)
         scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
         axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
         axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
         axis.spines["left"].set_visible(False)
-    axes[-1, 0].set_xlabel("time (s)")
+        axis.set_xlabel("\n".join(row.get("notes", ())), fontsize=6.5, loc="left", wrap=True, parse_math=False)
+    axes[-1, 0].set_xlabel("\n".join(("time (s)", *rows[-1].get("notes", ()))), parse_math=False)
     save(figure, out_png)
 
 
