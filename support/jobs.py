@@ -79,4 +79,5 @@ def run(jobs: list[Job], at_once: int, threads: int, finish: Callable[[Job], str
 
 def last_line(log: Path) -> str:
     """What a log ends with, and where it is."""
-    return f"{re.split('[\r\n]+', log.read_text(encoding='utf-8', errors='replace').strip())[-1]}  ({log})"
+    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())
+    return f"{lines[-1]}  ({log})"

@@ -151,7 +151,7 @@ def claims_table(claims: list[Claim], rows: list[dict]) -> str:
 def scores_table(experiment: Experiment, rows: list[dict], world: str) -> str:
     """A line an arm: mean scores, the difference to the arm it is measured against, runs and seconds."""
     shown = [m for m in MEASURES if any(of_arm(rows, world, arm, m) for arm in experiment.arms)]
-    lines = [f"| arm | {' | '.join(shown)} | mIoU minus that of {experiment.against} | R1@0.7 minus | seeds | seconds |",
+    lines = [f"| arm | {' | '.join(shown)} | mIoU minus {experiment.against} | R1@0.7 minus it | seeds | seconds |",
              "|---" * (len(shown) + 5) + "|"]
     for arm in experiment.arms:
         of = [row for row in rows if (row["world"], row["arm"]) == (world, arm)]
