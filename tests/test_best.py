@@ -84,6 +84,7 @@ def one_batch(rank):
     evaluate.plan_batches = lambda *args: (plan(*args)[0][:1], [("TVG", each.id) for each in plan(*args)[0][0].samples])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("change", [None, one_batch])
 def test_two_processes_are_one(folder, run, tmp_path, change):
     """Exactly so before the first step."""

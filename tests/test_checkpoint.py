@@ -123,6 +123,7 @@ def two_ranks(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_any_number_of_processes(folder, tmp_path):
     checkpoint.write(folder, {}, *small(3), keep=9)
     started = [FORKS.Process(target=two_ranks, args=(rank, tmp_path)) for rank in range(2)]

@@ -124,6 +124,7 @@ def alone(settings, tmp_path_factory):
     return output, gradients
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("processes, per_node, per_pass", [(2, 2, 1), (4, 2, 0)], ids=["one_node", "two_nodes"])
 def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, per_node, per_pass):
     """On one node in passes of a single prompt, whose gradients add up."""
@@ -183,6 +184,7 @@ def by_hand(folder):
     return step_by_hand(folder)
 
 
+@pytest.mark.processes
 def test_frozen_vision_tower_and_checkpointing(folder, by_hand, tmp_path):
     before = dict(model.load(str(folder / "model"))[0].named_parameters())
     for rank, theirs in enumerate(together(tmp_path / "job", 2, 2, step_by_hand, folder, None, True, True)):
@@ -200,6 +202,7 @@ def test_frozen_vision_tower_and_checkpointing(folder, by_hand, tmp_path):
         assert theirs["mismatch"].max() < 1e-4
 
 
+@pytest.mark.processes
 def test_bf16_compute_keeps_fp32_weights(folder, by_hand, tmp_path):
     flat = lambda tensors: torch.cat([tensor.flatten() for tensor in tensors.values()])
     for rank, theirs in enumerate(together(tmp_path / "job", 2, 2, step_by_hand, folder, torch.bfloat16)):
@@ -215,6 +218,7 @@ def layout() -> list:
     return sharding.mesh().mesh.tolist()
 
 
+@pytest.mark.processes
 def test_a_node_shares_a_model(tmp_path):
     for processes, per_node, ranks in ((2, 2, [0, 1]), (6, 3, [[0, 1, 2], [3, 4, 5]]), (3, 1, [0, 1, 2])):
         assert together(tmp_path / f"{processes}", processes, per_node, layout) == [ranks] * processes
@@ -227,6 +231,7 @@ def nodes_of_different_size() -> str:
     return str(error.value)
 
 
+@pytest.mark.processes
 def test_nodes_of_different_size_are_an_error(tmp_path):
     first, second = together(tmp_path / "job", 2, 2, nodes_of_different_size)
     assert first == second and "--nproc_per_node" in first and "[1, 2]" in first

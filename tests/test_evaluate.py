@@ -116,6 +116,7 @@ def stop_after(monkeypatch, batches):
     return asked
 
 
+@pytest.mark.processes
 def test_two_processes_are_one_and_a_killed_run_goes_on(folder, warm, tmp_path, monkeypatch):
     flags = dict(tasks=["TVG", "AR"], batch_size=2, temperature=1.0)
     settings = lambda name: replace(config(folder, tmp_path / name, **flags), model=str(warm))

@@ -333,6 +333,7 @@ def test_a_run_learns_adapters_and_keeps_nothing_else(unbroken, warm):
     assert moved == {f"qwen.{name}.weight" for name in LINEAR}
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_is_unbroken(unbroken, tmp_path):
     """To the bit; another rank is refused, and a finished run writes its model merged when it is asked to."""
     settings = replace(unbroken[0], output=str(tmp_path / "run"))
@@ -346,6 +347,7 @@ def test_killed_and_resumed_is_unbroken(unbroken, tmp_path):
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
+@pytest.mark.processes
 def test_a_run_of_two_processes_is_that_of_one(unbroken, tmp_path):
     settings = replace(unbroken[0], output=str(tmp_path / "run"), prompts_per_pass=1)
     assert finish(start("train", settings, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()[-2000:]

@@ -51,6 +51,7 @@ def test_updates_are_those_of_the_equations(world, warm, plain, tokenizer, kind,
     test_wiring.assert_adamw(run.moves, [1e-3] * 3, plain()[1])
 
 
+@pytest.mark.processes
 def test_two_processes_are_one(folder, warm, tmp_path):
     """Prompts one at a time on two processes: the tokens that bnpo divides by are those of all, and pi_old is each
     pass's own."""

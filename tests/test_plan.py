@@ -157,6 +157,7 @@ def lora_step(name, dtype, recompute) -> tuple[int, float]:
     return weights + most(lambda: [work(), work()]), plan.peak(parts)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("dtype, recompute", [(torch.bfloat16, True), (torch.float32, False)])
 def test_memory_of_a_step_with_adapters_is_as_measured(tmp_path, dtype, recompute):
     """All of it, in a process of its own, for two models of different proportions."""

@@ -76,6 +76,7 @@ def unbroken(folder, warm, tmp_path_factory):
     return settings, outcome(output)
 
 
+@pytest.mark.processes
 def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
     """SIGTERM in a step, SIGKILL in a step, in a checkpoint and while the final model is written."""
     assert survive(replace(unbroken[0], output=str(tmp_path / "run")), "train", [
@@ -115,6 +116,7 @@ def test_fifty_random_kills(folder, warm, tmp_path):
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.processes
 def test_sft_killed_is_unbroken(folder, tmp_path):
     settings = sft_config(folder, tmp_path / "run", save_every=2, cache=str(folder / "cache"))
     assert finish(start("sft", replace(settings, output=str(tmp_path / "unbroken")), tmp_path / "log")) == [0]
@@ -123,6 +125,7 @@ def test_sft_killed_is_unbroken(folder, tmp_path):
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "unbroken"))
 
 
+@pytest.mark.processes
 def test_torchrun_stopped_and_continued_by_one_process(unbroken, tmp_path):
     """SIGTERM to torchrun reaches two processes, both stop after the same step with a checkpoint and exit code 0, and
     one process goes on with the same global batches."""
@@ -169,6 +172,7 @@ def dies(rank):
     break_rank_1(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("change, code", [(raises, 2), (dies, -9)])
 def test_a_rank_that_ends_ends_the_run(unbroken, tmp_path, change, code):
     began = time.monotonic()
@@ -191,6 +195,7 @@ def poison_rank_1(rank):
     grpo.loss = poisoned
 
 
+@pytest.mark.processes
 def test_two_processes_skip_alike_and_name_the_way_back(unbroken, tmp_path):
     settings = replace(unbroken[0], output=str(tmp_path / "run"), save_every=1, max_bad_steps=2)
     assert finish(start("train", settings, tmp_path / "log", 2, poison_rank_1)) == [2, 2]

@@ -104,6 +104,7 @@ def test_smoke_run(tmp_path):
     assert (tmp_path / "toy" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.processes
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     """Stopped between two stages: what is finished is not done again, and the table is that of an unbroken run."""
     flags = dict(steps=2, prompts_per_step=2, warm_steps=10)

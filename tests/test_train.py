@@ -185,6 +185,7 @@ def sft_config(folder, output, **flags):
     return sft.Config(output=str(output), **{**common, **flags})
 
 
+@pytest.mark.processes
 def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
     sft.main(sft_config(folder, tmp_path / "one", per_pass=2))
     assert finish(start("sft", sft_config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
