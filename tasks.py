@@ -61,8 +61,12 @@ TASKS = {task.name: task for task in (
 INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
-def in_form(task: Task, think: bool) -> Task:
-    """The task as it is, or answer-only: its prompt asks for <answer>...</answer>, and format pays that and no more."""
+def in_form(task: Task, think: bool, cosine: bool = False, vd_verbs: int = 0) -> Task:
+    """The task as it is, or answer-only: its prompt asks for <answer>...</answer>, and format pays that and no more.
+    `cosine`: an inversion task pays similarity (Table 3). `vd_verbs`: VD pays nothing for more verbs than that."""
+    options = {"by_cosine": True} if cosine and task.inversion else {}
+    options |= {"limit": vd_verbs} if vd_verbs and task.name == "VD" else {}
+    task = replace(task, reward=partial(task.reward, **options)) if options else task
     if think:
         return task
     # The reward is that behind an empty thought: a completion with one of its own has two, which no format has.

@@ -20,7 +20,7 @@ main), and those that grpo.py, tasks.py, rewards.py and support/video.py list.
 """
 import sys
 import time
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from functools import partial
 
 import numpy as np
@@ -151,11 +151,8 @@ def main(config: Config) -> None:
 
     def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
-        task = tasks.in_form(tasks.draw(step, config.seed, config.tvg_prob, config.tasks), config.think)    # Eq. 13
-        options = {"by_cosine": True} if config.cosine and task.inversion else {}
-        if task.name == "VD" and config.vd_verbs:
-            options["limit"] = config.vd_verbs
-        task = replace(task, reward=partial(task.reward, **options))
+        task = tasks.draw(step, config.seed, config.tvg_prob, config.tasks)     # Eq. 13
+        task = tasks.in_form(task, config.think, config.cosine, config.vd_verbs)
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)
         make = partial(tasks.prepare, task=task, encoder=encoder, load=load)
         return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)

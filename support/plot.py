@@ -120,19 +120,19 @@ def examples(rows: list[dict], out_png: str | Path) -> None:
         strip(axis, clip)
         bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
         heights = [-0.75 - 0.8 * i for i in range(len(bars))]
+        colours = dict(zip(bars, (COLOURS["truth"], COLOURS["before"], COLOURS["after"], *NEW_TASKS)))
         for y, (name, span) in zip(heights, bars.items()):
             if span is None:
                 axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
             else:   # an answer of no length is a thin line
                 left, right = np.clip(span, 0, (0.995 * clip.duration, clip.duration))   # beyond the end: at the end
-                colour = COLOURS.get(name, NEW_TASKS[list(bars).index(name) % len(NEW_TASKS)])
-                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=colour)
+                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=colours[name])
         scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
         axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
         axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
         axis.spines["left"].set_visible(False)
         axis.set_xlabel("\n".join(row.get("notes", ())), fontsize=6.5, loc="left", wrap=True, parse_math=False)
-    axes[-1, 0].set_xlabel("\n".join(("time (s)", *rows[-1].get("notes", ()))), parse_math=False)
+    figure.supxlabel("time (s)", fontsize=10)
     save(figure, out_png)
 
 

@@ -121,6 +121,11 @@ def difference(rows: list[dict], world: str, arm: str, other: str, measure: str)
     return interval(ones[seed] - others[seed] for seed in ones if seed in others)
 
 
+def told(mean: float, low: float, high: float) -> str:
+    """A difference with its interval."""
+    return f"{mean:+.3f} " + (f"({low:+.3f} to {high:+.3f})" if math.isfinite(low) else "(one seed)")
+
+
 def judge(claim: Claim, rows: list[dict], world: str) -> tuple[str, str]:
     """(verdict, the figures it rests on). A claim of several comparisons holds when all do, and does not when one is
     the other way round; an interval that includes 0 tells neither."""
@@ -135,7 +140,7 @@ def judge(claim: Claim, rows: list[dict], world: str) -> tuple[str, str]:
         holds, fails = all(low > 0 for _, (_, low, _) in found), any(high < 0 for _, (_, _, high) in found)
     by_mean = sorted(found, key=lambda each: each[1][0])
     shown = found if len(found) < 4 else [by_mean[0], by_mean[-1]]
-    figures = "; ".join(f"{name} {mean:+.3f} ({low:+.3f} to {high:+.3f})" for name, (mean, low, high) in shown)
+    figures = "; ".join(f"{name} {told(*values)}" for name, values in shown)
     return ("holds" if holds else "does not hold" if fails else "cannot be told",
             figures if len(found) < 4 else f"of {len(found)} differences the least and the greatest: {figures}")
 
@@ -160,7 +165,7 @@ def scores_table(experiment: Experiment, rows: list[dict], world: str) -> str:
             continue
         means = [f"{np.mean(list(of_arm(rows, world, arm, m).values()) or [math.nan]):.3f}" for m in shown]
         gains = ["-" if arm == experiment.against else
-                 "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(rows, world, arm, experiment.against, m))
+                 told(*difference(rows, world, arm, experiment.against, m))
                  for m in ("mIoU", "R1@0.7")]
         seconds = np.mean([row["seconds"] for row in of])
         lines.append(f"| {arm} | {' | '.join(means)} | {' | '.join(gains)} | {len(of)} | {seconds:.0f} |")
@@ -274,7 +279,8 @@ def write_report(output: Path, rows: list[dict], experiments: dict[str, Experime
     evaluated while they trained."""
     parts = []
     for name, experiment in experiments.items():
-        there = {row["world"] for row in rows if row["arm"] in experiment.arms and row["steps"]}
+        known = {world for each in experiments.values() for world in each.worlds} - set(experiment.worlds)
+        there = {row["world"] for row in rows if row["arm"] in experiment.arms and row["steps"]} - known
         for world in sorted(there):
             parts += [f"## {experiment.title}" + f", on `{world}`" * (len(there) > 1), experiment.question,
                       scores_table(experiment, rows, world)]

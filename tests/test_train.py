@@ -146,6 +146,20 @@ def test_vd_verbs_is_the_limit_of_the_reward(folder, warm, tmp_path, monkeypatch
     assert limits == [0, 3] and rows(tmp_path / "3" / "metrics.jsonl")[0]["verbs_said"] == 2
 
 
+def test_cosine_is_the_reward_of_table_3(folder, warm, tmp_path):
+    """Inversion steps are paid similarities, TVG as ever."""
+    samples = {sample.id: sample for sample in data.read(str(folder / "train.txt"), str(folder / "videos"))[0]}
+    train.main(config(folder, tmp_path / "run", tasks=["AR"], steps=4, tvg_prob=0.3, cosine=True))
+    paid = {"TVG": [], "AR": []}
+    for step, row in ((step, row) for step in rows(tmp_path / "run" / "metrics.jsonl")
+                      for row in rows(tmp_path / "run" / "samples.jsonl") if row["step"] == step["step"]):
+        reward, = (rewards.ar if step["task"] == "AR" else rewards.tvg)(
+            [row["completion"]], [samples[row["id"]]], **({"by_cosine": True} if step["task"] == "AR" else {}))
+        assert row["reward"] == pytest.approx(reward.total)
+        paid[step["task"]].append(reward.parts.get("ar", 1.0))
+    assert paid["TVG"] and any(0 < value < 1 for value in paid["AR"])
+
+
 def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path, capsys):
     files = tmp_path / "videos"
     files.mkdir()
