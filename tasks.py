@@ -6,6 +6,7 @@ which is TVG's answer, and is asked for what TVG is told (Eq. 1, 2).
 
 A new inversion task is one reward function in rewards.py and one `Task(...)` here.
 
+    python tasks.py             a sample through all tasks: prompt, completion, reward
     python tasks.py AR "a person walks away and laughs" "<think>a path</think> <answer>walking</answer>"
     python tasks.py TVG "a person laughs" "<think>late</think> <answer>2.0 to 8.0</answer>" --segment 1.0 7.5
 
@@ -111,8 +112,26 @@ def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Pro
     return encoder.encode(task.prompt(sample), clip)
 
 
+EXAMPLE = Sample("1", "video.mp4", "a person closes the door.", 3.2, 7.0, None)
+ANSWERS = {"TVG": "3.0 to 6.5", "VC": "a person shut the door.", "AR": "closing", "VD": "She has closed it and left."}
+
+
+def show() -> None:
+    """Print what the tasks ask of EXAMPLE, an answer, and its reward."""
+    print(f'"{EXAMPLE.query}" from {EXAMPLE.start} to {EXAMPLE.end} s')
+    for name, task in TASKS.items():
+        completion = f"<think>It happens early.</think> <answer>{ANSWERS.get(name, '')}</answer>"
+        reward, = task.reward([completion], [EXAMPLE])
+        print(f"\n{name} sees {'this segment' if task.sees_segment else 'the whole video'}\n{task.prompt(EXAMPLE)}\n"
+              f"{completion}\n{json.dumps({**reward.parts, 'total': reward.total})}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints the reward of one completion as a JSON line; returns the exit code, 2 for a wrong command."""
+    """Prints the reward of one completion as a JSON line, or without arguments a sample in all tasks; returns the exit
+    code, 2 for a wrong command."""
+    if not (sys.argv[1:] if argv is None else argv):
+        show()
+        return 0
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("task", help=" or ".join(TASKS))
     parser.add_argument("query")

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 import data
 import evaluate
 import model
+import rewards
 import sft
 import tasks
 import train
@@ -326,7 +327,7 @@ def main(config: Config) -> dict[str, dict]:
     plot.curves(world / "grpo", world / "curves.png")
     draw_examples(world, before, after)
     launch.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
-    print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}")
+    print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}, {world / 'method.png'}")
     return rows
 
 
@@ -344,15 +345,16 @@ def narrated(rows: list[dict], stories: dict[str, Story]) -> dict[str, float]:
     return {name: told[name] / told.total() for name in TOLD}
 
 
-def read_answers(folder: Path) -> dict[str, dict]:
-    """The TVG rows of an evaluation by sample id."""
+def read_answers(folder: Path, task: str = "TVG") -> dict[str, dict]:
+    """The rows of an evaluation in a task, by sample id."""
     rows = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
-    return {row["id"]: row for row in rows if row["task"] == "TVG"}
+    return {row["id"]: row for row in rows if row["task"] == task}
 
 
 def draw_examples(world: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
     """Queries of six test videos before and after GRPO: the two most improved, two in the middle, the two that lost
-    most. Of the first of each two, two queries: whether the model tells them apart shows there only."""
+    most. Of the first of each two, two queries: whether the model tells them apart shows there only. And the most
+    improved query with its inversion, method.png."""
     samples = {s.id: s for s in data.read(str(world / "test.txt"), str(world / "videos"))[0]}
     of_video = defaultdict(list)
     for i, row in before.items():
@@ -361,14 +363,27 @@ def draw_examples(world: Path, before: dict[str, dict], after: dict[str, dict]) 
     several.sort(key=lambda ids: np.mean([before[i]["iou"] - after[i]["iou"] for i in ids]))
     middle = len(several) // 2
     chosen = [*several[:2], *several[middle:middle + 2], *several[-2:]]
-    rows = []
-    for i in (i for number, ids in enumerate(chosen) for i in ids[:2 - number % 2]):
-        answers = {name: (row["start"], row["end"]) if row["start"] is not None else None
-                   for name, row in (("before", before[i]), ("after", after[i]))}
-        rows.append({"clip": video.load(samples[i].video), "query": samples[i].query,
-                     "truth": (samples[i].start, samples[i].end), "answers": answers,
-                     "iou": {"before": before[i]["iou"], "after": after[i]["iou"]}})
-    plot.examples(rows, world / "examples.png")
+
+    def row(i: str) -> dict:
+        found = {"before": before[i], "after": after[i]}
+        span = lambda answer: (answer["start"], answer["end"]) if answer["start"] is not None else None
+        return {"clip": video.load(samples[i].video), "query": samples[i].query,
+                "truth": (samples[i].start, samples[i].end),
+                "answers": {name: span(answer) for name, answer in found.items()},
+                "iou": {name: answer["iou"] for name, answer in found.items()}}
+
+    plot.examples([row(i) for number, ids in enumerate(chosen) for i in ids[:2 - number % 2]], world / "examples.png")
+    of = {name: [read_answers(world / folder, name) for folder in ("test_warm_start", "test_grpo")]
+          for name in tasks.INVERSIONS}
+    gains = {i: sum(two[i][tasks.TASKS[name].part] - one[i][tasks.TASKS[name].part] for name, (one, two) in of.items())
+             for i in before}
+    best, told = max(before, key=lambda i: (after[i]["iou"] - before[i]["iou"] + gains[i])), {}
+    for name, both in of.items():
+        asked = tasks.TASKS[name].prompt(samples[best]).partition(" Reply as ")[0]
+        said = [f"{when}: {rewards.answer(rows[best]['completion'])}" for when, rows in zip(("before", "after"), both)]
+        told[name] = "   ".join([asked, *said])
+    chosen = row(best)
+    plot.method(chosen, chosen["clip"].cut(*chosen["truth"]), told, world / "method.png")
 
 
 if __name__ == "__main__":

@@ -116,24 +116,45 @@ def examples(rows: list[dict], out_png: str | Path) -> None:
     """
     figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.2 * len(rows)), squeeze=False, layout="constrained")
     for axis, row in zip(axes[:, 0], rows):
-        clip = row["clip"]
-        strip(axis, clip)
-        bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
-        heights = [-0.75 - 0.8 * i for i in range(len(bars))]
-        colours = dict(zip(bars, (COLOURS["truth"], COLOURS["before"], COLOURS["after"], *NEW_TASKS)))
-        for y, (name, span) in zip(heights, bars.items()):
-            if span is None:
-                axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
-            else:   # an answer of no length is a thin line
-                left, right = np.clip(span, 0, (0.995 * clip.duration, clip.duration))   # beyond the end: at the end
-                axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=colours[name])
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
-        axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
-        axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
-        axis.spines["left"].set_visible(False)
+        answers(axis, row)
         axis.set_xlabel("\n".join(row.get("notes", ())), fontsize=6.5, loc="left", wrap=True, parse_math=False)
     figure.supxlabel("time (s)", fontsize=10)
     save(figure, out_png)
+
+
+def method(row: dict, segment: Clip, told: dict[str, str], out_png: str | Path) -> None:
+    """Draw TVG and its inversion into a PNG: a row of `examples`, and below the segment that the inversion tasks see,
+    with what they ask and what was answered: told {task: text}."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 4.9), height_ratios=(4.6, 3), layout="constrained")
+    answers(above, row)
+    above.set_xlabel("time (s)")
+    part = min(len(segment.frames) / 12, 1)     # few frames are no wider than those above
+    strip(below, segment, 13 * part)
+    below.set(xlim=(0, segment.duration / part), ylim=(0, 3.05), yticks=(), xticks=())
+    below.set_title("The true segment, turned around: all that VC, AR and VD see", fontsize=10, loc="left")
+    below.set_xlabel("\n".join(f"{task}: {text}" for task, text in told.items()), fontsize=9, loc="left",
+                     parse_math=False)
+    below.spines[["left", "bottom"]].set_visible(False)
+    save(figure, out_png)
+
+
+def answers(axis: plt.Axes, row: dict) -> None:
+    """The frames of a row of `examples`, and the truth and the answers as bars below them."""
+    clip = row["clip"]
+    strip(axis, clip)
+    bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
+    heights = [-0.75 - 0.8 * i for i in range(len(bars))]
+    colours = dict(zip(bars, (COLOURS["truth"], COLOURS["before"], COLOURS["after"], *NEW_TASKS)))
+    for y, (name, span) in zip(heights, bars.items()):
+        if span is None:
+            axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
+        else:   # an answer of no length is a thin line
+            left, right = np.clip(span, 0, (0.995 * clip.duration, clip.duration))   # beyond the end: at the end
+            axis.barh(y, max(right - left, 0.005 * clip.duration), 0.6, left, color=colours[name])
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
+    axis.set_title(f"{row['query']}   (IoU {scores})", fontsize=10, loc="left", wrap=True, parse_math=False)
+    axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
+    axis.spines["left"].set_visible(False)
 
 
 def strip(axis: plt.Axes, clip: Clip, ratio: float = 13) -> None:
@@ -143,7 +164,7 @@ def strip(axis: plt.Axes, clip: Clip, ratio: float = 13) -> None:
     total, _, h, w = clip.frames.shape
     wanted = min(max(round(ratio * h / w), 10), 16, total)
     n = min((n for n in range(10, 17) if total % n == 0), key=lambda n: abs(n - wanted), default=wanted)
-    x, y = max(w - ratio * h // n, 0) // 2, max(h - w * n // ratio, 0) // 2   # cut off at each side
+    x, y = (int(max(cut, 0) // 2) for cut in (w - ratio * h / n, h - w * n / ratio))     # cut off at each side
     for i in range(n):
         frame = clip.frames[(2 * i + 1) * total // (2 * n), :, y:h - y, x:w - x].permute(1, 2, 0).numpy()
         left, right = i * clip.duration / n, (i + 0.96) * clip.duration / n   # a gap at the right

@@ -48,6 +48,17 @@ def test_prompts():
     assert "door" not in texts["AR"] + texts["VD"]
 
 
+def test_a_sample_in_all_tasks(capsys):
+    """`python tasks.py` prints every task's prompt, an answer and what that earns: all that it can but in TVG, whose
+    answer overlaps the truth by 3.3 of 4 s, and in VC, which says another verb."""
+    assert tasks.main([]) == 0
+    blocks = [block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n")[1:]]
+    earned = {block[0].split()[0]: json.loads(block[-1]) for block in blocks}
+    assert [block[1] for block in blocks] == [task.prompt(tasks.EXAMPLE) for task in tasks.TASKS.values()]
+    assert earned["TVG"] == {"format": 1.0, "iou": pytest.approx(3.3 / 4.0), "total": pytest.approx(1.825)}
+    assert (earned["VC"]["total"], earned["AR"]["total"], earned["VD"]["total"]) == (1.0, 2.0, 2.0)
+
+
 def test_queries_without_verb_are_not_for_inversion():
     samples = [SAMPLE, Sample("x:2", "x.mp4", "the table over there", 0.0, 1.0, None)]
     for name, task in tasks.TASKS.items():

@@ -1,6 +1,7 @@
 """The made-up world is what it says, and `python toy.py` runs through."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -81,6 +82,33 @@ def test_demonstrations_have_the_format_and_the_teacher_s_faults(tmp_path, weakn
         assert np.mean(mistakes) == pytest.approx(expected, abs=0.15)
 
 
+def test_a_start_of_tvg_alone(tmp_path, monkeypatch):
+    """--invert_sft false shows the warm start TVG only; --steps 0 ends behind its evaluation, in full size."""
+    shown, asked = [], []
+    write = toy.write_world
+
+    def write_world(folder, seed, *sizes):
+        asked.append(sizes)
+        return write(folder, seed, 3, 3, sizes[-1])
+
+    def imitate(config):
+        shown.extend(json.loads(line)["task"] for line in open(config.demonstrations))
+        shutil.copytree(config.model, tmp_path / "toy" / "sft" / "model")
+
+    monkeypatch.setattr(toy, "write_world", write_world)
+    monkeypatch.setattr(toy.sft, "main", imitate)
+    monkeypatch.setattr(toy.train, "main", None)
+    rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=0, invert_sft=False, weakness="edges"))
+    assert set(shown) == {"TVG"} and asked == [(1000, 300, "edges")] and rows["warm start"]["queries"] > 0
+    demonstrations = [json.loads(line) for line in open(tmp_path / "toy" / "demonstrations.jsonl")]
+    right = [json.loads(line) for line in open(tmp_path / "toy" / "right.jsonl")]
+    assert {row["task"] for row in demonstrations} == set(tasks.TASKS)
+    samples = {s.id: s for s in data.read(str(tmp_path / "toy" / "train.txt"), None)[0]}
+    for row in right:       # what a teacher without a weakness says earns everything
+        reward, = tasks.TASKS[row["task"]].reward([row["completion"]], [samples[row["id"]]])
+        assert reward.total == 2
+
+
 def test_narrated_by_hand():
     verbs = "resting", "rising", "rising", "growing", "spinning", "blinking", "rising"
     story = toy.Story("a", "red", "circle", verbs)
@@ -98,7 +126,7 @@ def test_unknown_weakness(tmp_path):
 def test_smoke_run(tmp_path):
     rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=2, prompts_per_step=2, warm_steps=10))
     assert list(rows) == ["best fixed answer", "warm start, blind", "warm start", "GRPO, p = 0.8"]
-    for picture in ("curves.png", "examples.png"):
+    for picture in ("curves.png", "examples.png", "method.png"):
         assert matplotlib.image.imread(tmp_path / "toy" / picture).std() > 0.05
     assert len((tmp_path / "toy" / "grpo" / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "toy" / "model" / "model.safetensors").is_file()
