@@ -109,26 +109,30 @@ def defined(module: ast.Module) -> dict[str, ast.stmt]:
     return found
 
 
-def guide(tree: Path) -> str:
-    """The section 'Where to find what' of the README."""
-    return (tree / "README.md").read_text(encoding="utf-8").partition("## Where to find what")[2].partition("\n## ")[0]
+def section(tree: Path, name: str, title: str) -> str:
+    """A section of a text, empty where there is none."""
+    path = tree / name
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text.partition(f"## {title}")[2].partition("\n## ")[0]
 
 
 def missing_names(tree: Path) -> list[str]:
-    """Functions and tests in the README's table 'Where to find what' that do not exist."""
-    rows = [line for line in guide(tree).splitlines() if line.startswith("|")]
+    """Functions and tests in the table of equations that do not exist."""
+    rows = [line for line in section(tree, "docs/method.md", "Equation, function, test").splitlines()
+            if line.startswith("|")]
     there = {name for path in files(tree) if re.fullmatch(r"(tests/)?test_\w+\.py", path)
              for name in defined(parse(tree, path)) if name.startswith("test_")}
     for path in code(tree):
         there.update(f"{Path(path).stem}.{name}" for name in defined(parse(tree, path)))
     named = re.findall(r"`([\w.]+)`", "\n".join(rows))
-    return [f"README.md names {name}" for name in named if name not in there] if named else ["README.md has no table"]
+    return [f"the table names {name}" for name in named if name not in there] if named else ["there is no table"]
 
 
 def wrong_map(tree: Path) -> list[str]:
     """Files that the README's tree lacks, and names of files in the README that do not exist."""
     text = (tree / "README.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"[\w/]+\.py", "\n".join(re.findall(r"^    .*", guide(tree), re.MULTILINE))))
+    drawn = re.findall(r"^    .*", section(tree, "README.md", "The tree"), re.MULTILINE)
+    listed = set(re.findall(r"[\w/]+\.py", "\n".join(drawn)))
     known = [path for path in files(tree) if path.endswith(".py")]
     ends = lambda path, name: f"/{path}".endswith(f"/{name}")
     return [f"the tree lacks {path}" for path in code(tree) if not any(ends(path, name) for name in listed)] + \
@@ -182,7 +186,7 @@ def test_the_tree_is_seen():
 def grow(tree: Path, **texts: str) -> Path:
     """Write files of a made-up tree; "__" in a name is a slash."""
     for name, text in texts.items():
-        path = tree / (name.replace("__", "/") + (".py" if name != "README" else ".md"))
+        path = tree / (name.replace("__", "/") + (".md" if name in ("README", "docs__method") else ".py"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return tree
@@ -236,9 +240,13 @@ def test_upward_imports_are_found(tmp_path, name, text):
 
 TABLE = """# x
 `nothing.here` is no row of it
-## Where to find what
+## Equation, function, test
 | in the paper | function | test |
 | Eq. 3 | `grpo.loss`, `attention.Packed.keep` | `test_loss`, test_rewards.py |
+## Next
+"""
+MAP = """# x
+## The tree
     grpo.py       mathematics
     support/
       attention.py  engine
@@ -247,21 +255,21 @@ TABLE = """# x
 
 
 def test_names_that_do_not_exist_are_found(tmp_path):
-    grow(tmp_path, README=TABLE, grpo="def loss(): pass", tests__test_grpo="def test_loss(): pass",
+    grow(tmp_path, docs__method=TABLE, grpo="def loss(): pass", tests__test_grpo="def test_loss(): pass",
          support__attention="class Packed:\n    def keep(self): pass", test_rewards="")
     assert missing_names(tmp_path) == []
-    assert missing_names(grow(tmp_path, grpo="def gain(): pass")) == ["README.md names grpo.loss"]
-    assert missing_names(grow(tmp_path, tests__test_grpo="def test_gain(): pass"))[1] == "README.md names test_loss"
+    assert missing_names(grow(tmp_path, grpo="def gain(): pass")) == ["the table names grpo.loss"]
+    assert missing_names(grow(tmp_path, tests__test_grpo="def test_gain(): pass"))[1] == "the table names test_loss"
     assert missing_names(grow(tmp_path, support__attention="class Packed: pass"))[1] == \
-        "README.md names attention.Packed.keep"
-    assert missing_names(grow(tmp_path, README="# x")) == ["README.md has no table"]
+        "the table names attention.Packed.keep"
+    assert missing_names(grow(tmp_path, docs__method="# x")) == ["there is no table"]
 
 
 def test_files_that_the_map_lacks_are_found(tmp_path):
-    grow(tmp_path, README=TABLE, grpo="", support__attention="", test_rewards="")
+    grow(tmp_path, README=MAP, grpo="", support__attention="")
     assert wrong_map(tmp_path) == []
     assert wrong_map(grow(tmp_path, support__video="")) == ["the tree lacks support/video.py"]
-    assert wrong_map(grow(tmp_path, README=TABLE + "see support/video.py and gone.py")) == \
+    assert wrong_map(grow(tmp_path, README=MAP + "see support/video.py and gone.py")) == \
         ["the tree lacks support/video.py", "README.md names gone.py"]
 
 

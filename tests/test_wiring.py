@@ -191,7 +191,7 @@ def assert_gradient(learning, given, longest):
 
 
 def test_the_paper_s_values():
-    """Defaults of train.py: p, batch and pixels are the paper's, the others those of README's table of departures."""
+    """Defaults of train.py: p, batch and pixels are the paper's, the others those of docs/method.md's table."""
     said = dict(tvg_prob=0.8, tasks=["VC", "AR", "VD"], group_size=8, prompts_per_step=4, beta=0.04, learning_rate=1e-6,
                 max_tokens=1024, temperature=1.0, warmup_steps=0, max_grad_norm=1.0, freeze_vision=False,
                 prompts_per_pass=0, total_pixels=3584 * 28 * 28, loss="grpo", scale_rewards="std", updates=1)
