@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools import bench, plan, ways
+from tools import bench, decode, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)
@@ -78,6 +78,33 @@ def test_evaluation_gives_the_answers_of_generate(folder, warm):
                      max_tokens=24)
     report = bench.measure_evaluation(config)
     assert report["same"] == 1 and report["ratio_evaluate"] > 0
+
+
+def test_a_token_in_three_ways(capsys):
+    """The same tokens; kernels are counted, so they are the same on any machine."""
+    report = decode.measure(replace(SMALL, max_tokens=0), 1)
+    assert report["kernels_per_layer"] == report["kernels"]["ours"] <= 38
+    assert report["kernels"]["ours"] < 0.7 * report["kernels"]["plain"]
+    assert report["kernels"]["ours"] < 0.9 * report["kernels"]["generate"]
+    for of in (report["ms_overhead"], report["ms_usual"]):
+        assert len(of) == 3 and all(ms[0] > 0 for ms in of.values())
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_views_are_no_kernels():
+    x = torch.zeros(3, 4)
+    with decode.Kernels() as mode:
+        x.view(4, 3).t()
+        assert mode.count == 0
+        x.add_(1).mul(2)
+    assert mode.count == 2
+
+
+def test_ways_that_sample_differently_are_refused(monkeypatch):
+    say = lambda word: lambda tokens: torch.full((1, tokens), word)
+    monkeypatch.setattr(decode, "ways", lambda sizes: {"ours": say(1), "plain": say(1), "generate": say(2)})
+    with pytest.raises(ValueError, match="different tokens"):
+        decode.milliseconds(SMALL, 1)
 
 
 def test_flags_that_cannot_be():

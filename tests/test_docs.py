@@ -82,8 +82,8 @@ def read(words: list[str], monkeypatch):
 
 
 def test_commands_are_found():
-    text = "a `python x.py --y` b\n\n    python a.py \\\n        --b 1     # why\n    pip install c && python d.py\n\n" \
-           "```bash\ntorchrun e.py\n```\n"
+    text = "a `python x.py --y` b\n\n    python a.py \\\n        --b 1     # why\n    pip install c && python d.py" \
+           "\n\n```bash\ntorchrun e.py\n```\n"
     assert commands(text) == ["python a.py --b 1", "pip install c", "python d.py", "python x.py --y"]
     assert len(ALL) > 40 and len({name for name, _ in ALL}) >= 6
 
