@@ -28,6 +28,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 import evaluate
+import sft
 import tasks
 import toy
 import train
@@ -201,7 +202,7 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
     if config.model:
         common, own, test = dict(videos=config.videos), shlex.split(config.train_flags), shlex.split(config.test_flags)
         source, learn, judged = config.model, config.annotations, config.test
-        steps = max([int(own[i + 1]) for i, word in enumerate(own[:-1]) if word == "--steps"] or [train.Config.steps])
+        steps = int((re.findall(r"--steps[= ](\d+)", config.train_flags) or [train.Config.steps])[-1])
     else:
         steps, longest = STEPS[world], toy.MAX_TOKENS[arm.think]
         common = dict(videos=place / "videos", cache=place / "cache", workers=1)
@@ -221,7 +222,7 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
         [f"{arm.script}.py", *flags(model=source, annotations=learn, **common, output=trained, seed=seed), *own,
          *shlex.split(arm.flags.format(tvg_steps=tvg)), "--resume"],
         ["evaluate.py", *flags(model=trained / "model", annotations=judged, **common, output=folder / "test"), *test]],
-        start, key=(world, seed, name, arm.flags))
+        start, key=(world, seed, name, " ".join(filter(None, (config.train_flags, arm.flags)))))
 
 
 def slug(name: str) -> str:
@@ -293,18 +294,21 @@ def show(config: Config, runs: list[Run]) -> None:
     """Print the commands; on real data each behind what tools.plan says of it."""
     costs = {}
     for run in runs:
-        note = ""
-        for command in run.commands if config.model else ():
-            script = {"train.py": train, "evaluate.py": evaluate}[command[0]]
-            parsed, = HfArgumentParser(script.Config).parse_args_into_dataclasses(list(map(str, command[1:])))
-            if script is train:
-                asked = tuple(flags(model=config.model, samples=parsed.steps * parsed.prompts_per_step,
-                                    gpus=processes(config), **{name: getattr(parsed, name) for name in PLANNED}))
-                costs[asked] = costs.get(asked) or cost(asked)
-                note = f": {costs[asked]}"
+        note, parsed = "", parse(run.commands[0])
+        if config.model and isinstance(parsed, train.Config):
+            asked = tuple(flags(model=config.model, samples=parsed.steps * parsed.prompts_per_step,
+                                gpus=processes(config), **{name: getattr(parsed, name) for name in PLANNED}))
+            costs[asked] = costs.get(asked) or cost(asked)
+            note = f": {costs[asked]}"
         print(f"# {run.name}{note}", *(shlex.join([*shlex.split(config.launch), *map(str, command)])
                                        for command in run.commands), sep="\n")
     print(f"# {len(runs)} runs")
+
+
+def parse(command: list[str]) -> object:
+    """The Config that a command gives its script. Raises ValueError for flags that it does not have."""
+    script = {"train.py": train, "evaluate.py": evaluate, "sft.py": sft, "toy.py": toy}[command[0]]
+    return HfArgumentParser(script.Config, prog=command[0]).parse_args_into_dataclasses(list(map(str, command[1:])))[0]
 
 
 def processes(config: Config) -> int:
@@ -361,6 +365,8 @@ def check_flags(config: Config) -> None:
 def main(config: Config) -> None:
     check_flags(config)
     runs, path, failed = plan_runs(config), Path(config.output, "results.csv"), []
+    for command in (command for run in runs for command in run.commands):
+        parse(command)      # a wrong flag is not found after hours
     if config.dry:
         return show(config, runs)
     if not config.report:

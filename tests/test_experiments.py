@@ -5,23 +5,12 @@ import sys
 from collections import Counter
 
 import pytest
-from transformers import HfArgumentParser
 
-import evaluate
 import experiments
-import sft
 import tasks
 import toy
-import train
-from experiments import ALL, ARMS, CLAIMS, EXPERIMENTS, TVG, Config
+from experiments import ALL, ARMS, CLAIMS, EXPERIMENTS, TVG, Config, parse
 from support import report
-
-SCRIPTS = {"train.py": train.Config, "evaluate.py": evaluate.Config, "sft.py": sft.Config, "toy.py": toy.Config}
-
-
-def parse(command):
-    config, = HfArgumentParser(SCRIPTS[command[0]]).parse_args_into_dataclasses(list(map(str, command[1:])))
-    return config
 
 
 def test_every_command_is_parsed_and_every_run_stands_once():
@@ -75,7 +64,8 @@ def test_every_claim_rests_on_runs_of_its_worlds():
     (dict(experiments=["table7"]), "table7: no such experiment; choose from table2, "),
     (dict(worlds=["mars"]), "mars: no such world; choose from verbs, edges, both"),
     (dict(model="m"), "real data needs --model, --annotations, --test and --videos; there is no --annotations"),
-    (dict(seeds=0), "--seeds 0: give a number above 0")])
+    (dict(seeds=0), "--seeds 0: give a number above 0"),
+    (dict(model="m", annotations="a", test="b", videos="v", train_flags="--stpes 3"), "not used.*--stpes")])
 def test_wrong_flags(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         experiments.main(Config(output=str(tmp_path / "x"), **flags))
