@@ -1,7 +1,9 @@
 """Shared by the tests: a tiny model with random weights, a few made-up videos, scripts in processes of their own."""
+import fcntl
 import importlib
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,11 +24,12 @@ import model
 import sft
 import toy
 from support import launch
+from support.loader import Loader
 from support.video import Clip
 
 torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
 FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
-FORKS.set_forkserver_preload(["conftest", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+FORKS.set_forkserver_preload(["preload"])
 
 
 def flags(config) -> list[str]:
@@ -43,9 +46,16 @@ def start(script: str, config, log, processes: int = 1, change=None) -> list:
     distributed = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     started = [FORKS.Process(target=child, args=(script, flags(config), f"{log}.{rank}", change, rank, {
         **distributed, "RANK": str(rank)} if processes > 1 else {})) for rank in range(processes)]
-    for process in started:
-        process.start()
+    fork(started)
     return started
+
+
+def fork(processes: list) -> None:
+    """Start processes of FORKS. Its server does not get sys.path (in Python 3.11), and silently preloads nothing that
+    it cannot find."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)):
+        for process in processes:
+            process.start()
 
 
 def child(script, arguments, log, change, rank, environment):
@@ -79,24 +89,45 @@ def finish(started: list, seconds: float = 180) -> list[int]:
     return codes
 
 
+def once(factory, name: str, make) -> Path:
+    """The folder `name`, in which make(folder) writes something: once for all the processes of pytest -n."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    with open(base / f"{name}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():         # else it is there, and whole
+            shutil.rmtree(base / name, ignore_errors=True)
+            (base / name).mkdir()
+            make(base / name)
+            lock.write("made")
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A world of 12 training and 6 test videos and a model folder, as toy.py writes them, but of 10 to 16 s."""
-    world, tell = tmp_path_factory.mktemp("world"), toy.tell
-    with mock.patch.object(toy, "tell", lambda rng, name: tell(rng, name, int(rng.integers(10, 17)))):
-        toy.write_world(world, seed=3, train_videos=12, test_videos=6)
-    toy.write_model(world / "model", world, seed=3)
-    return world
+    """A world of 12 training and 6 test videos and a model folder, as toy.py writes them, but of 10 to 16 s; in cache/
+    what a Loader keeps of each video, for tests in which nothing depends on the processes that decode."""
+    def make(world):
+        tell = toy.tell
+        with mock.patch.object(toy, "tell", lambda rng, name: tell(rng, name, int(rng.integers(10, 17)))):
+            toy.write_world(world, seed=3, train_videos=12, test_videos=6)
+        toy.write_model(world / "model", world, seed=3)
+        loader = Loader(cache=world / "cache")
+        for path in (world / "videos").iterdir():
+            loader(path)
+        loader.close()
+    return once(tmp_path_factory, "world", make)
 
 
 @pytest.fixture(scope="session")
-def warm(folder):
+def warm(folder, tmp_path_factory):
     """The folder of that model after a minute's schooling: it babbles, so that rewards differ within
     a group; a random model earns nothing at all."""
-    sft.main(sft.Config(model=str(folder / "model"), annotations=str(folder / "train.txt"),
-                        videos=str(folder / "videos"), output=str(folder / "sft"),
-                        demonstrations=str(folder / "demonstrations.jsonl"), steps=40,
-                        batch_size=8, learning_rate=2e-3))
+    make = lambda _: sft.main(sft.Config(
+        model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+        output=str(folder / "sft"), demonstrations=str(folder / "demonstrations.jsonl"), steps=40, batch_size=8,
+        learning_rate=2e-3, cache=str(folder / "cache")))
+    once(tmp_path_factory, "warm", make)
     return folder / "sft" / "model"
 
 

@@ -1,6 +1,5 @@
 """Several processes (gloo, on CPUs) against one: the same losses, gradients and weights, and no hang."""
 import json
-import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import FORKS, fork
 from safetensors.torch import load_file
 
 import data
@@ -24,18 +24,14 @@ from support.loader import Loader
 from support.video import Clip
 
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
-start = multiprocessing.get_context("forkserver")
-start.set_forkserver_preload(["test_distributed"])      # imported once for all processes,
-rewards.spacy_model()                                   # and spaCy's model loaded
 
 
 def together(folder, processes, per_node, job, *args) -> list:
     """What job(*args) returns in each of `processes` processes, on nodes of `per_node`, as torchrun starts them."""
     folder.mkdir()
-    children = [start.Process(target=child, args=(folder, rank, processes, per_node, job, args))
+    children = [FORKS.Process(target=child, args=(folder, rank, processes, per_node, job, args))
                 for rank in range(processes)]
-    for one in children:
-        one.start()
+    fork(children)
     deadline = time.monotonic() + LIMIT
     while any(one.exitcode is None for one in children) and not any(one.exitcode for one in children) \
             and time.monotonic() < deadline:

@@ -41,7 +41,8 @@ def test_gain_and_its_interval():
 
 def config(folder, output, **flags):
     return evaluate.Config(model=str(folder / "model"), annotations=str(folder / "test.txt"),
-                           videos=str(folder / "videos"), output=str(output), max_tokens=10, **flags)
+                           videos=str(folder / "videos"), output=str(output), max_tokens=10,
+                           cache=str(folder / "cache"), **flags)
 
 
 def predictions(folder):

@@ -302,7 +302,7 @@ def test_as_on_gpus(folder, tmp_path):
 def unbroken(folder, warm, tmp_path_factory):
     """The settings of a run with adapters that nobody disturbs, and its folder."""
     output = tmp_path_factory.mktemp("lora") / "run"
-    settings = config(folder, output, steps=3, save_every=1, tvg_prob=1, cache=str(folder / "cache"), lora_rank=4,
+    settings = config(folder, output, steps=3, save_every=1, tvg_prob=1, lora_rank=4,
                       learning_rate=1e-2, checkpoint_activations=True)
     train.main(settings)
     return settings, output

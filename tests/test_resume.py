@@ -70,7 +70,7 @@ def survive(settings, script, kills, log):
 def unbroken(folder, warm, tmp_path_factory):
     """The settings and the outcome of a run that nobody disturbs."""
     output = tmp_path_factory.mktemp("unbroken") / "run"
-    settings = config(folder, output, steps=5, save_every=2, tvg_prob=1, cache=str(folder / "cache"), keep=1)
+    settings = config(folder, output, steps=5, save_every=2, tvg_prob=1, keep=1)
     assert finish(start("train", settings, output.with_suffix(".log"))) == [0]
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000005"]     # --keep 1
     return settings, outcome(output)
@@ -91,7 +91,7 @@ def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
 def test_fifty_random_kills(folder, warm, tmp_path):
     """A checkpoint after every step, and kills so soon after each other that fifty fit into a run of a hundred steps.
     Prints (pytest -s) where they hit."""
-    settings = config(folder, tmp_path / "unbroken", steps=100, save_every=1, cache=str(folder / "cache"))
+    settings = config(folder, tmp_path / "unbroken", steps=100, save_every=1)
     log, moments, killed = tmp_path / "log.0", random.Random(), 0
     log.write_text("")
     process, = start("train", settings, tmp_path / "log")
@@ -118,7 +118,7 @@ def test_fifty_random_kills(folder, warm, tmp_path):
 
 @pytest.mark.processes
 def test_sft_killed_is_unbroken(folder, tmp_path):
-    settings = sft_config(folder, tmp_path / "run", save_every=2, cache=str(folder / "cache"))
+    settings = sft_config(folder, tmp_path / "run", save_every=2)
     assert finish(start("sft", replace(settings, output=str(tmp_path / "unbroken")), tmp_path / "log")) == [0]
     assert survive(settings, "sft", [(signal.SIGKILL, lambda output: lines(output / "metrics.jsonl") == 3)],
                    tmp_path / "log") == 1

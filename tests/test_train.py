@@ -22,7 +22,7 @@ def rows(path):
 def config(folder, output, **flags):
     common = dict(model=str(folder / "sft" / "model"), annotations=str(folder / "train.txt"), steps=3,
                   videos=str(folder / "videos"), prompts_per_step=2, group_size=4, max_tokens=64,
-                  learning_rate=1e-4, tvg_prob=0.5, seed=1)
+                  learning_rate=1e-4, tvg_prob=0.5, seed=1, cache=str(folder / "cache"))
     return train.Config(output=str(output), **{**common, **flags})
 
 
@@ -57,7 +57,7 @@ def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
         (files / path.name).symlink_to(path if number % 3 else __file__)
     for name, seed, workers in (("first", 1, 1), ("again", 1, 3), ("other", 2, 2)):
         train.main(config(folder, tmp_path / name, videos=str(files), steps=2, prompts_per_step=3, seed=seed,
-                          workers=workers))
+                          workers=workers, cache=""))
     first, again, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("first", "again", "other"))
     assert first == again != other
     one, three = (rows(tmp_path / name / "metrics.jsonl") for name in ("first", "again"))
@@ -195,7 +195,7 @@ def test_command_line_ends_with_one_line(folder, tmp_path):
 def sft_config(folder, output, **flags):
     common = dict(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
                   demonstrations=str(folder / "demonstrations.jsonl"), steps=6, batch_size=4,
-                  learning_rate=2e-3, seed=1)
+                  learning_rate=2e-3, seed=1, cache=str(folder / "cache"))
     return sft.Config(output=str(output), **{**common, **flags})
 
 
