@@ -122,7 +122,9 @@ def difference(rows: list[dict], world: str, arm: str, other: str, measure: str)
 
 
 def told(mean: float, low: float, high: float) -> str:
-    """A difference with its interval."""
+    """A difference with its interval; NaN: there is none yet."""
+    if math.isnan(mean):
+        return "-"
     return f"{mean:+.3f} " + (f"({low:+.3f} to {high:+.3f})" if math.isfinite(low) else "(one seed)")
 
 
