@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start, torchrun
+from conftest import command, finish, start
 from safetensors.torch import load_file
 from test_train import assert_about_same_weights, config, rows, sft_config
 
@@ -125,28 +125,51 @@ def test_sft_killed_is_unbroken(folder, tmp_path):
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "unbroken"))
 
 
-@pytest.mark.processes
-def test_torchrun_stopped_and_continued_by_one_process(unbroken, tmp_path):
-    """SIGTERM to torchrun reaches two processes, both stop after the same step with a checkpoint and exit code 0, and
-    one process goes on with the same global batches."""
+@pytest.mark.parametrize("way", ["forked", pytest.param("torchrun", marks=pytest.mark.processes)])
+def test_two_processes_stopped_and_continued_by_one(unbroken, tmp_path, way):
+    """SIGTERM reaches two processes, of torchrun by way of that, both stop after the same step with a checkpoint and
+    exit code 0, and one process goes on with the same global batches."""
     settings, (_, samples, weights) = unbroken
     settings = replace(settings, output=str(tmp_path / "run"))
-    process = torchrun("train.py", 2, settings, tmp_path / "log")
-    began = time.monotonic()
-    while not lines(tmp_path / "run" / "metrics.jsonl") and process.poll() is None and time.monotonic() - began < 100:
-        time.sleep(0.01)
-    process.terminate()
-    process.wait(30)
-    text = (tmp_path / "log").read_text()
+    begun = lambda: lines(tmp_path / "run" / "metrics.jsonl")
+    if way == "torchrun":
+        process = command("train.py", settings, tmp_path / "log", processes=2)
+        began = time.monotonic()
+        while not begun() and process.poll() is None and time.monotonic() - began < 100:
+            time.sleep(0.01)
+        process.terminate()
+        process.wait(30)
+        tracebacks = 1                                          # torchrun has its own
+    else:
+        started, tracebacks = start("train", settings, tmp_path / "log", 2), 0
+        assert wait_for(begun, started[0])
+        for process in started:
+            process.terminate()
+        assert finish(started) == [0, 0]
+    text = "".join(path.read_text() for path in tmp_path.glob("log*"))
     stopped = checkpoint.newest(tmp_path / "run")
-    assert text.count("stopping after this step") == text.count("Traceback") == 1, text      # torchrun has its own
-    assert stopped and 0 < lines(tmp_path / "run" / "metrics.jsonl") == int(stopped.name[5:]) < 5
+    assert text.count("stopping after this step") == 1 and text.count("Traceback") == tracebacks, text
+    assert stopped and 0 < begun() == int(stopped.name[5:]) < 5
     assert not (tmp_path / "run" / "model").exists()
     assert finish(start("train", replace(settings, resume=True), tmp_path / "one")) == [0]
     assert [(row["index"], row["completion"]) for row in rows(tmp_path / "run" / "samples.jsonl")] == \
         [(row["index"], row["completion"]) for row in map(json.loads, samples.splitlines())]
     before = load_file(Path(settings.model) / "model.safetensors")
     assert_about_same_weights(before, weights, outcome(tmp_path / "run")[2])
+
+
+@pytest.mark.processes
+def test_the_command_killed_is_unbroken(unbroken, tmp_path):
+    """As a person starts it, with processes that decode."""
+    settings = replace(unbroken[0], output=str(tmp_path / "run"), cache="", resume=True)
+    for ends in (False, True):
+        process = command("train.py", settings, tmp_path / "log")
+        while not ends and lines(tmp_path / "run" / "metrics.jsonl") < 3 and process.poll() is None:
+            time.sleep(0.002)
+        if not ends:
+            process.kill()
+        assert process.wait(100) == (0 if ends else -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
+    assert_same(outcome(tmp_path / "run"), unbroken[1])
 
 
 def break_rank_1(rank, error):

@@ -123,20 +123,15 @@ def test_unknown_weakness(tmp_path):
         toy.main(toy.Config(output=str(tmp_path / "toy"), weakness="colours"))
 
 
-def test_smoke_run(tmp_path):
-    rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=2, prompts_per_step=2, warm_steps=10))
-    assert list(rows) == ["best fixed answer", "warm start, blind", "warm start", "GRPO, p = 0.8"]
-    for picture in ("curves.png", "examples.png", "method.png"):
-        assert matplotlib.image.imread(tmp_path / "toy" / picture).std() > 0.05
-    assert len((tmp_path / "toy" / "grpo" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "toy" / "model" / "model.safetensors").is_file()
-
-
-@pytest.mark.processes
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_run_and_one_that_is_stopped(tmp_path, monkeypatch):
     """Stopped between two stages: what is finished is not done again, and the table is that of an unbroken run."""
     flags = dict(steps=2, prompts_per_step=2, warm_steps=10)
     whole = toy.main(toy.Config(output=str(tmp_path / "whole"), **flags))
+    assert list(whole) == ["best fixed answer", "warm start, blind", "warm start", "GRPO, p = 0.8"]
+    for picture in ("curves.png", "examples.png", "method.png"):
+        assert matplotlib.image.imread(tmp_path / "whole" / picture).std() > 0.05
+    assert len((tmp_path / "whole" / "grpo" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "whole" / "model" / "model.safetensors").is_file()
 
     def stop(config):
         raise KeyboardInterrupt
