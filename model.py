@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from support import attention, lora
 from support.attention import Decoding, Packed
+from support.compiled import Static
 from support.folders import ModelError, brief, check_config
 from support.hub import local_folder
 from support.incremental import Step
@@ -169,6 +170,7 @@ class Policy(nn.Module):
     """
     FORWARDS = ("watch", "logits", "logprobs")
     strict = False
+    compiled = False    # sampling runs through torch.compile
 
     def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
         super().__init__()
@@ -214,7 +216,7 @@ class Policy(nn.Module):
 
     def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int) -> Step:
         """What samples behind prompts that a pass kept in `packed`; the arguments are those of support.incremental."""
-        return Step(self.qwen.model.language_model, packed, rows, start, most)
+        return (Static if self.compiled else Step)(self.qwen.model.language_model, packed, rows, start, most)
 
     def next_logits(self, step: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
         """Logits behind one new token a row. Weights stay gathered since the prompts' pass: see sharding.gathered."""

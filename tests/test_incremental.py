@@ -137,3 +137,13 @@ def test_logits_that_are_not_finite_end_strict_sampling(monkeypatch):
     monkeypatch.setattr(Step, "__call__", lambda self, token: go_on(self, token) * torch.nan)
     with pytest.raises(model.ModelError, match="not finite"):
         grpo.rollout(policy, prompts, 2, 5, [])
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_the_compiled_step_is_the_plain_path(seed):
+    policy = policy_of(seed)
+    prompts = prompts_of(policy, seed, 2)
+    free = grpo.rollout(policy, prompts, 3, 12, [], [torch.Generator().manual_seed(i) for i in range(2)])
+    policy.compiled = True
+    for stops in ([], free.completions[:, :, 3].flatten().tolist()):
+        equal(*both(policy, prompts, 3, 12, stops), rtol=1e-5, atol=1e-5)
