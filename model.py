@@ -272,10 +272,10 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
-         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
+         lora_rank: int = 0, seed: int = 0, compile: bool = False) -> tuple[Policy, Encoder]:
     """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
     hub, or from a folder of adapters, whose model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters
-    that learn, see support/lora.py.
+    that learn, see support/lora.py; `compile`: sample through torch.compile, see support/compiled.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
@@ -305,7 +305,7 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     lora.attach(qwen, adapters, lora_rank, seed)
     policy = Policy(qwen.to(device), forbidden)
-    policy.strict = strict
+    policy.strict, policy.compiled = strict, compile
     for weight in qwen.parameters():
         if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
             weight.data = weight.data.clone()

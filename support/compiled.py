@@ -7,17 +7,21 @@ length, takes compiling again, and beyond PROGRAMS of them runs uncompiled.
 
 A recorded graph reads and writes where it did when it was recorded. So keys and values lie in memory that stays with
 the decoder from one rollout to the next; only larger shapes take more. Before each token, torch.compile looks at the
-shapes of what it is given and at nothing else: whoever changes a decoder's modules, rather than their weights, has to
-`forget` its programs.
+shapes of what it is given and at nothing else: a decoder's modules, other than the values of their weights, may not
+change after its first rollout.
 """
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton
 
 from support.attention import Packed
+from support.folders import brief
 from support.incremental import Layer, Step, through
 
 PROGRAMS = 64       # of a decoder at most
@@ -58,12 +62,27 @@ class Static(Step):
             torch.compiler.cudagraph_mark_step_begin()
         self.bias[:, :, self.length + self.tokens] = 0
         rotary = self.table.index_select(0, self.offset)
-        out = self.program(self.decoder, self.layers, token, rotary, self.prompts, self.own, self.bias, self.at,
-                           self.heads[0])
+        try:
+            out = self.program(self.decoder, self.layers, token, rotary, self.prompts, self.own, self.bias, self.at,
+                               self.heads[0])
+        except TorchDynamoException as error:
+            raise ValueError(f"--compile: torch.compile failed ({brief(error)}); leave the flag out") from error
         self.offset += 1
         self.at += 1
         self.tokens += 1
         return out
+
+
+def check(wanted: bool) -> None:
+    """Raise ValueError, naming the flag, where --compile has nothing to compile with."""
+    if wanted and torch.cuda.is_available() and not has_triton():
+        raise ValueError("--compile: on a GPU torch.compile needs triton; pip install triton, or leave the flag out")
+    try:
+        if wanted:
+            get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError("--compile: torch.compile needs a C++ compiler, and there is none that works; install g++, or "
+                         "give the path of one in the environment variable CXX, or leave the flag out") from error
 
 
 def padded(longest: int) -> int:
@@ -104,10 +123,8 @@ def run(decoder: nn.Module, layers: list[Layer], token: Tensor, rotary: Tensor, 
 
 
 def compiled(graph: bool) -> Callable:
-    """`run` as a program, which looks at the shapes of tensors alone: the checks of a hundred modules a token would
-    take as long as their work."""
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-    if graph:
-        options |= torch._inductor.list_mode_options("reduce-overhead")
-    return torch.compile(run, dynamic=False, fullgraph=False, options=options, recompile_limit=PROGRAMS,
-                         isolate_recompiles=True)
+    """`run` as a program, in C++ where no graph is recorded. It looks at the shapes of tensors alone: checking hundreds
+    of modules at every token would take as long as their work."""
+    options = torch._inductor.list_mode_options("reduce-overhead") if graph else {"cpp_wrapper": True}
+    return torch.compile(run, dynamic=False, recompile_limit=PROGRAMS, isolate_recompiles=True,
+                         options={**options, "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})

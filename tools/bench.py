@@ -4,6 +4,7 @@
     python -m tools.bench --only ours           this project's step alone
     python -m tools.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
     python -m tools.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
+    python -m tools.bench --decode              milliseconds and kernels a token, against `generate`; 20 minutes
     python -m tools.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
 
 The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.
@@ -35,7 +36,7 @@ import tasks
 from support import launch, plot
 from support.launch import flag
 from support.loader import Loader
-from tools import plan
+from tools import decode, plan
 from tools.ways import DEVICE, DTYPE, WAYS, Sizes, as_published, build, make_prompts, repeat, shape, timed
 
 PARTS = ("data", "prefill", "decode", "rewards", "reference", "forward", "backward", "optimizer")
@@ -49,6 +50,7 @@ class Config(Sizes):
     sweep: bool = flag(False, "fit the time of a step against G, P and C instead")
     output: str = flag("sweep.png", "the picture that --sweep draws")
     logits: bool = flag(False, "measure the memory of scoring instead: vocabulary 151,936, G 8, C 256, a tiny model")
+    decode: bool = flag(False, "measure single tokens instead, also through torch.compile; see decode.py")
     evaluate: bool = flag(False, "measure evaluation instead, on the TVG queries of --annotations")
     annotations: str = flag("", "annotation file for --evaluate")
     videos: str = flag("", "folder of its videos")
@@ -264,6 +266,8 @@ def main(config: Config) -> None:
         report = measure(config, config.inside)
     elif config.evaluate:
         report = measure_evaluation(config)
+    elif config.decode:
+        report = decode.measure(config)
     elif config.sweep:
         report = sweep(config)
     elif config.logits:
