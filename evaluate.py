@@ -213,7 +213,8 @@ def plan_batches(config: Config, samples: list[data.Sample],
                  device: str) -> tuple[list[Batch], list[tuple[str, str]]]:
     """What to answer: batches of all tasks, and (task, id) of every answer, in the order of the annotations."""
     work, chosen = [], []
-    size = config.batch_size or queries_at_once(config.model, config.max_tokens, config.total_pixels, device)
+    size = config.batch_size or queries_at_once(config.model, config.max_tokens, config.total_pixels,
+                                                config.compile, device)
     for task in (tasks.in_form(tasks.TASKS[name], config.think) for name in config.tasks):
         pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * size or None]
         chosen += [(task.name, sample.id) for _, sample in pool]

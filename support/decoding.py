@@ -9,6 +9,7 @@ from support.video import FACTOR, MAX_FRAMES, MIN_PIXELS
 
 USUAL, MOST = 16, 256       # queries at once in evaluation: where a GPU's memory is not known, and at most
 FILLED = 0.8                # of a GPU's free memory: the rest is for CUDA, the vision tower and gaps between tensors
+HELD = 2.4                  # with --compile: keys and values are padded, and stay while the next prompts run
 TEXT = 500                  # tokens of a prompt beside its video's, more than any query needs
 
 
@@ -34,8 +35,8 @@ def rows_to_keep(running: Bool[Tensor, "B R"]) -> tuple[Int[Tensor, " kept"], In
 
 
 def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, rows: int, tokens: int, size: int = 2) -> int:
-    """Keys and values while sampling, in numbers of `size` bytes: the prompt's (tokens) once, and each row's in room for
-    its longest completion."""
+    """Keys and values while sampling, in numbers of `size` bytes: the prompt's once, and each row's in room for its
+    longest completion; `prompt` and `tokens` are lengths."""
     text = config.text_config
     kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     return 2 * size * text.num_hidden_layers * kv * (prompt + rows * tokens)
@@ -60,13 +61,14 @@ def prompts_that_fit(config: Qwen2_5_VLConfig, room: float, prompt: int, rows: i
     return max(0, int(room - joined_bytes(config)) // one)
 
 
-def queries_at_once(model: str, tokens: int, total_pixels: int, device: str) -> int:
+def queries_at_once(model: str, tokens: int, total_pixels: int, compile: bool, device: str) -> int:
     """How many queries to answer at once with the model of a folder or name, in answers of so many `tokens` at most: as
     many as fit on a GPU beside the weights, on the fullest of all processes, if all had the longest of videos."""
     if device == "cpu":
         return USUAL
     weights = sum(path.stat().st_size for path in lora.files(model, "*.safetensors"))
     room = FILLED * torch.cuda.mem_get_info(device)[0] - weights
+    room /= HELD if compile else 1
     prompt = max(total_pixels, MAX_FRAMES * MIN_PIXELS) // (2 * FACTOR ** 2) + TEXT
     config = Qwen2_5_VLConfig.from_pretrained(lora.base(model))
     return min(launch.gather([max(1, min(MOST, prompts_that_fit(config, room, prompt, 1, tokens)))]))

@@ -17,6 +17,7 @@ from transformers import Qwen2_5_VLConfig
 import model
 import tasks
 from support import decoding, launch, lora, video
+from support.compiled import padded
 from support.decoding import cache_bytes, joined_bytes, work_bytes
 from support.launch import flag
 
@@ -159,9 +160,10 @@ def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int
 
 def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
            prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
-           size: int = 2, rank: int = 0) -> dict[str, dict[str, float]]:
+           size: int = 2, rank: int = 0, compile: bool = False) -> dict[str, dict[str, float]]:
     """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
-    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights."""
+    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights; `compile`: keys and
+    values have a place of their own that stays."""
     sizes, text = parameters(config), config.text_config
     spread = sizes["total"]                                                                 # over the GPUs by FSDP
     trained = spread - (sizes["vision"] if freeze_vision else 0)
@@ -177,7 +179,9 @@ def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], gr
         "always": {"frozen weights, bf16": 2 * sizes["total"] if rank else 0,
                    "adapters, fp32" if rank else "master weights, fp32": 4 * spread / gpus,
                    "AdamW states, fp32": 8 * trained / gpus, "gradients, fp32": 4 * trained / gpus,
-                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0},
+                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0,
+                   "KV cache, compiled": compile * prompts * cache_bytes(config, padded(prompt), group_size, tokens,
+                                                                         size)},
         "sampling": {"gathered weights, bf16": 2 * spread,
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "q, k, v weights joined": 0 if rank else joined_bytes(config, size),
@@ -218,7 +222,7 @@ def report(config: Config) -> str:
     at_once = min(config.prompts_per_pass or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
     need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute,
-                                          rank=rank)
+                                          rank=rank, compile=config.compile)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
@@ -258,8 +262,10 @@ def report(config: Config) -> str:
               + ", ".join(f"{phase} {value:.1f} s" for phase, value in work.items()),
               f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
               f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
-              "most 312 and 1.6 to 2)" + ("" if config.compile else f", and {KERNELS} kernels a layer and token launched "
-              f"in {LAUNCH * 1e6:g} us each (measured on a CPU)")]
+              "most 312 and 1.6 to 2)"]
+    if not config.compile:
+        lines[-1] += (f", and {KERNELS} kernels a layer and token launched in {LAUNCH * 1e6:g} us each (measured on a "
+                      "CPU)")
     return "\n".join(lines)
 
 
