@@ -47,8 +47,9 @@ import grpo
 import model
 import rewards
 import tasks
-from support import answers, checkpoint, launch, lora, scores, sharding, stream
+from support import answers, checkpoint, compiled, launch, lora, scores, sharding, stream
 from support.best import Evaluations
+from support.decoding import queries_at_once
 from support.launch import flag
 from support.loader import Loader
 from support.logs import Logs
@@ -64,7 +65,8 @@ class Config:
     predictions: str = flag("", "JSON lines of answers to score, instead of a model's")
     tasks: list[str] = flag(list(tasks.TASKS), "what to evaluate")
     steps: int = flag(0, "batches a task, 0 for all")
-    batch_size: int = flag(16, "queries at once on a process")
+    batch_size: int = flag(0, "queries at once on a process, 0 for as many as a GPU has room for; on a CPU 16")
+    compile: bool = flag(False, "sample through torch.compile: less time a token, after minutes of compiling a shape")
     temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     think: bool = flag(True, "as in training: false asks for the answer alone")
@@ -111,7 +113,7 @@ def main(config: Config) -> dict[str, float | list[float] | str]:
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     """The rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
     rank, world, device = launch.start_process()
-    output, (work, chosen) = Path(config.output), plan_batches(config, samples)
+    output, (work, chosen) = Path(config.output), plan_batches(config, samples, device)
     key = lambda row: (row["task"], row["id"])
     done = launch.gather([earlier_rows(config)] if rank == 0 else [])[0]    # the first process reads for all
     rows, new = {key(row): row for row in done}, []
@@ -119,7 +121,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                     strict=True)
+                                     strict=True, compile=config.compile)
         load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
                       total_pixels=config.total_pixels)
         if rank == 0 and not done:
@@ -150,7 +152,7 @@ def predict_with(config: Config, policy: model.Policy, encoder: model.Encoder, l
     """The rows that `predict` gives, of a model in training, inside of sharding.gathered; no file is written. Batches,
     and with them the answers, are the same for any number of processes."""
     rank, world, _ = launch.start_process()
-    work, chosen = plan_batches(config, samples)
+    work, chosen = plan_batches(config, samples, "cpu")     # a GPU's memory is for training
     nothing = encoder.encode("", Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0))
     grpo.rollout(policy, [nothing], 1, 1, encoder.stop_ids)     # gathers the weights, also where there is no work
     rows = []
@@ -207,14 +209,17 @@ class Batch:
     samples: tuple[data.Sample, ...]
 
 
-def plan_batches(config: Config, samples: list[data.Sample]) -> tuple[list[Batch], list[tuple[str, str]]]:
+def plan_batches(config: Config, samples: list[data.Sample],
+                 device: str) -> tuple[list[Batch], list[tuple[str, str]]]:
     """What to answer: batches of all tasks, and (task, id) of every answer, in the order of the annotations."""
     work, chosen = [], []
+    size = config.batch_size or queries_at_once(config.model, config.max_tokens, config.total_pixels,
+                                                config.compile, device)
     for task in (tasks.in_form(tasks.TASKS[name], config.think) for name in config.tasks):
-        pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * config.batch_size or None]
+        pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * size or None]
         chosen += [(task.name, sample.id) for _, sample in pool]
         pool = by_length(pool, task)
-        work += [Batch(task, *zip(*pool[i:i + config.batch_size])) for i in range(0, len(pool), config.batch_size)]
+        work += [Batch(task, *zip(*pool[i:i + size])) for i in range(0, len(pool), size)]
     return work, chosen
 
 
@@ -238,8 +243,9 @@ def check_flags(config: Config) -> None:
         raise ValueError("--swap_queries asks a --model about whole videos: give --tasks TVG with it")
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
-    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
+    launch.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
     if config.model:
+        compiled.check(config.compile)
         model.check_folder(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():

@@ -23,7 +23,7 @@ import model
 import rewards
 import tasks
 from data import Sample
-from support import launch, plot
+from support import compiled, launch, plot
 from support.launch import flag
 from support.loader import Loader
 from support.video import TOTAL_PIXELS, Clip
@@ -37,6 +37,7 @@ class Config:
     png: str = flag("", "picture to write: frames and answers on one time axis")
     json: bool = flag(False, "print a JSON object a query")
     batch_size: int = flag(16, "queries at once")
+    compile: bool = flag(False, "sample through torch.compile: less time a token, after minutes of compiling")
     think: bool = flag(True, "as in training: false asks for the answer alone")
     max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
@@ -57,13 +58,14 @@ def main(config: Config) -> list[dict]:
         launch.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
+    compiled.check(config.compile)
     model.check_folder(config.model)
     load = Loader(config.video_limit, total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()
     _, _, device = launch.start_process()
     policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                     strict=True)
+                                 strict=True, compile=config.compile)
     texts = []
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
@@ -120,7 +122,7 @@ def flags(words: list[str]) -> list[str]:
     plain, rest, words = [], [], iter(words)
     for word in words:
         (rest if word.startswith("-") else plain).append(word)
-        if word.startswith("--") and "=" not in word and word not in ("--json", "--help"):
+        if word.startswith("--") and "=" not in word and word not in ("--json", "--compile", "--help"):
             rest += islice(words, 1)                                # its value
     return rest + ["--video"] * bool(plain) + plain[:1] + ["--queries"] * bool(plain[1:]) + plain[1:]
 

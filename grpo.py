@@ -100,7 +100,7 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: 
         running = running & ~torch.isin(token, stop)
         if c + 1 == max_tokens or not running.any():
             break
-        kept = rows_to_keep(running.view(-1, step.rows))
+        kept = None if step.fixed else rows_to_keep(running.view(-1, step.rows))
         if kept is not None:
             groups, chosen = kept
             step.keep(groups, chosen)

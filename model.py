@@ -35,6 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 
 from support import attention, lora
 from support.attention import Decoding, Packed
+from support.compiled import Static
 from support.folders import ModelError, brief, check_config
 from support.hub import local_folder
 from support.incremental import Step
@@ -169,6 +170,7 @@ class Policy(nn.Module):
     """
     FORWARDS = ("watch", "logits", "logprobs")
     strict = False
+    compiled = False    # sampling runs through torch.compile
 
     def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
         super().__init__()
@@ -214,7 +216,7 @@ class Policy(nn.Module):
 
     def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int) -> Step:
         """What samples behind prompts that a pass kept in `packed`; the arguments are those of support.incremental."""
-        return Step(self.qwen.model.language_model, packed, rows, start, most)
+        return (Static if self.compiled else Step)(self.qwen.model.language_model, packed, rows, start, most)
 
     def next_logits(self, step: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
         """Logits behind one new token a row. Weights stay gathered since the prompts' pass: see sharding.gathered."""
@@ -270,10 +272,10 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
-         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
+         lora_rank: int = 0, seed: int = 0, compile: bool = False) -> tuple[Policy, Encoder]:
     """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
     hub, or from a folder of adapters, whose model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters
-    that learn, see support/lora.py.
+    that learn, see support/lora.py; `compile`: sample through torch.compile, see support/compiled.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
@@ -303,7 +305,7 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     lora.attach(qwen, adapters, lora_rank, seed)
     policy = Policy(qwen.to(device), forbidden)
-    policy.strict = strict
+    policy.strict, policy.compiled = strict, compile
     for weight in qwen.parameters():
         if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
             weight.data = weight.data.clone()

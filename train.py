@@ -34,7 +34,7 @@ import evaluate
 import grpo
 import model
 import tasks
-from support import checkpoint, launch, lora, sharding, stream
+from support import checkpoint, compiled, launch, lora, sharding, stream
 from support.launch import flag
 from support.loader import Loader
 from support.logs import Logs, check_board
@@ -73,6 +73,8 @@ class Config:
     merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
+    compile: bool = flag(False, "sample through torch.compile, on a GPU as recorded graphs: less time a token, after "
+                                "minutes of compiling for each shape; same result but for rounding")
     think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and format pays, the answer alone")
     max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
     vd_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
@@ -122,6 +124,7 @@ def check_flags(config: Config, world: int) -> None:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
     if config.tensorboard:
         check_board()
+    compiled.check(config.compile)
     model.check_folder(config.model)
     lora.check_flags(config)
 
@@ -198,7 +201,7 @@ def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy
         # loaded on its own and first, so that a process never holds two whole models
         reference = sharding.shard(model.load(config.model, dtype=half)[0].requires_grad_(False))
     policy, encoder = model.load(config.model, dtype=half if config.lora_rank else torch.float32,
-                                 lora_rank=config.lora_rank, seed=config.seed)
+                                 lora_rank=config.lora_rank, seed=config.seed, compile=config.compile)
     if config.freeze_vision:
         policy.qwen.model.visual.requires_grad_(False)
     if config.checkpoint_activations:

@@ -31,7 +31,7 @@ from support import launch, lora
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
               "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "checkpoint_activations", "merge", "eval_every", "eval_videos",
+              "checkpoint_activations", "compile", "merge", "eval_every", "eval_videos",
               "tensorboard"}    # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from support.attention import Packed
@@ -33,9 +34,12 @@ class Layer(NamedTuple):
 
 
 def norm(module: nn.Module) -> Callable:
-    """transformers' RMS norm as one operator."""
+    """transformers' RMS norm as one operator, or where CPUs make six kernels of that, as four."""
     shape, weight, eps = tuple(module.weight.shape), module.weight, module.variance_epsilon
-    return lambda x: torch.rms_norm(x, shape, weight, eps)
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    weight, least = weight * shape[0] ** 0.5, weight.new_tensor((shape[0] * eps) ** 0.5)
+    return lambda x: (x / torch.hypot(torch.linalg.vector_norm(x, dim=1, keepdim=True), least)).mul_(weight)
 
 
 def product(module: nn.Module, added: bool = False) -> Callable:
@@ -55,12 +59,12 @@ def side_by_side(*modules: nn.Module) -> Callable:
     return lambda x: torch.addmm(bias, x, weight)
 
 
-def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor], heads: int, scale: float,
-            keys: Float[Tensor, "Bk d P"], values: Float[Tensor, "Bk P d"], bias: Tensor, beta: int, write: Callable,
-            own_keys: Float[Tensor, "Bkr d c"], own_values: Float[Tensor, "Bkr c d"],
-            ) -> Float[Tensor, "n H"]:
-    """One layer, n = B * R rows; k key heads. c are a row's own tokens, the last one new: write(new) puts its keys and
-    values, of all heads (n, 2 k, d), among them. Of a bias, beta is the factor; 0: there is none."""
+def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor], heads: int,
+            keys: Float[Tensor, "Bk d P"], values: Float[Tensor, "Bk P d"], own_keys: Float[Tensor, "Bkr d c"],
+            own_values: Float[Tensor, "Bkr c d"], bias: Tensor | None, write: Callable) -> Float[Tensor, "n H"]:
+    """One layer, n = B * R rows; k key heads. c are a row's own tokens, among which write(new) puts the new one's keys
+    and values, of all heads (n, 2 k, d). `rotary` turns queries and keys, and scales the queries; bias (Bkr, 1, P + c)
+    is added to their products, -inf where there is nothing to see."""
     n, d, length, repeats = len(x), *keys.shape[1:], heads * len(x) // len(own_keys)
     key_heads, groups = heads // repeats, len(keys) * repeats // heads
     y = layer.qkv(layer.norm(x)).view(n, -1, d)
@@ -70,12 +74,13 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
     q, new = y.split((heads, 2 * key_heads), 1)
     write(new)
     q = q.view(groups, -1, key_heads, repeats, d).transpose(1, 2).reshape(len(keys), -1, d)
-    to_prompt = torch.baddbmm(bias, q, keys, beta=beta, alpha=scale)                            # (B k, R * repeats, P)
+    to_prompt = torch.bmm(q, keys)                                                              # (B k, R * repeats, P)
     q = q.reshape(-1, repeats, d)       # a copy where a head has keys of its own and there is one prompt
-    to_own = torch.baddbmm(x[0, 0], q, own_keys, beta=0, alpha=scale)                           # (B k R, repeats, c)
-    weights = torch.cat([to_prompt.view(-1, repeats, length), to_own], 2).softmax(2)            # in fp32 inside
-    y = torch.bmm(weights[..., :length].view_as(to_prompt), values).view_as(q)
-    y = y.baddbmm_(weights[..., length:], own_values).view(groups, key_heads, -1, repeats, d)
+    weights = torch.cat((to_prompt.view(-1, repeats, length), torch.bmm(q, own_keys)), 2)       # (Bkr, repeats, P + c)
+    weights = (weights if bias is None else weights.add_(bias)).softmax(2)                      # in fp32 inside
+    of_prompt, of_own = weights.split((length, own_values.shape[1]), 2)
+    y = torch.bmm(of_prompt.view(to_prompt.shape), values).view(q.shape)
+    y = y.baddbmm_(of_own, own_values).view(groups, key_heads, -1, repeats, d)
     x = layer.out(x, y.transpose(1, 2).reshape(n, heads * d))
     y = layer.mlp_norm(x)
     return layer.down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
@@ -83,12 +88,13 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
 
 class Step:
     """The state of B prompts with R rows of completions each; a call goes on by one token a row."""
+    fixed = False       # rows stay as many as they are: there is no `keep`
 
     def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int):
         """`decoder`: transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
         `start`: the first position behind each row's prompt. `most`: new tokens a row at most."""
         self.decoder, self.rows, self.tokens = decoder, rows, 0
-        self.scale, self.norm = decoder.layers[0].self_attn.scaling, norm(decoder.norm)
+        self.norm = norm(decoder.norm)
         self.layers = [self.parts(block, block.self_attn, block.mlp) for block in decoder.layers]
         lengths, first = torch.tensor(packed.prompts), packed.kept[0][0]                        # (1, k, N, d)
         self.heads, longest = (decoder.config.num_attention_heads, first.shape[1]), int(lengths.max())
@@ -104,22 +110,23 @@ class Step:
         positions = torch.arange(int(self.offset.max()) + most, device=start.device) + start.min()
         cos, (sin,) = decoder.rotary_emb(first, positions.expand(3, 1, -1))                     # (positions, d)
         sin = torch.cat([-sin[:, :sin.shape[1] // 2], sin[:, sin.shape[1] // 2:]], 1)           # so that x is rolled
-        self.table = torch.stack([cos[0], sin], 1)[:, :, None]                                  # (positions, 2, 1, d)
+        scale = sin.new_tensor([decoder.layers[0].self_attn.scaling] * self.heads[0] + [1.0] * self.heads[1])
+        self.table = torch.stack([cos[0], sin], 1)[:, :, None] * scale[:, None]     # (positions, 2, heads + k, d)
         self.flatten()
 
     @staticmethod
     def parts(block: nn.Module, attention: nn.Module, mlp: nn.Module) -> Layer:
         return Layer(norm(block.input_layernorm), side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
                      product(attention.o_proj, True), norm(block.post_attention_layernorm), product(mlp.gate_proj),
-                     product(mlp.up_proj), mlp.act_fn, product(mlp.down_proj, True))
+                     product(mlp.up_proj), mlp.act_fn.forward, product(mlp.down_proj, True))
 
     def flatten(self) -> None:
-        """What all steps need of the prompts: of each layer keys (B k, d, P) and values (B k, P, d), the bias, beta."""
+        """What all steps need of the prompts: of each layer keys (B k, d, P) and values (B k, P, d), and their bias."""
         self.flat = [x[0].flatten(0, 1).mT for x in self.prompts], [x[1].flatten(0, 1) for x in self.prompts]
-        self.padding = self.table[0, 0, 0, 0], 0
         if self.bias is not None:
-            self.padding = self.bias.repeat_interleave(self.heads[1], 0)[:, None], 1            # (B k, 1, P)
+            self.padding = self.bias.repeat_interleave(self.heads[1] * self.rows, 0)[:, None]   # (B k R, 1, P)
 
+    @torch.inference_mode()
     def __call__(self, token: Int[Tensor, " BR"]) -> Float[Tensor, "BR H"]:
         """The last layer's output at a new token a row."""
         (_, groups, key_heads, _, d), rows = self.prompts[0].shape, self.rows
@@ -127,9 +134,10 @@ class Step:
         slots = own.select(3, self.tokens).view(-1, 2, groups, key_heads, rows, d).unbind()
         keys, values = own.narrow(3, 0, self.tokens + 1).unbind(1)                              # (layers, B k R, c, d)
         x, rotary = self.decoder.embed_tokens(token), self.table.index_select(0, self.offset).unbind(1)
+        bias = None if self.bias is None else pad(self.padding, (0, self.tokens + 1))           # (B k R, 1, P + c)
         for layer, *prompt, slot, k, v in zip(self.layers, *self.flat, slots, keys.mT.unbind(), values.unbind()):
             write = lambda new: slot.copy_(new.view(groups, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4))
-            x = through(layer, x, rotary, self.heads[0], self.scale, *prompt, *self.padding, write, k, v)
+            x = through(layer, x, rotary, self.heads[0], *prompt, k, v, bias, write)
         self.offset += 1
         self.tokens += 1
         return self.norm(x)

@@ -1,12 +1,16 @@
 """The decoding step against transformers' own layers, on models of random shapes: the same tokens, fewer kernels."""
+import gc
 import random
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 import grpo
 import model
+from support import compiled, lora
 from support.incremental import Step
 from tools import ways
 
@@ -137,3 +141,70 @@ def test_logits_that_are_not_finite_end_strict_sampling(monkeypatch):
     monkeypatch.setattr(Step, "__call__", lambda self, token: go_on(self, token) * torch.nan)
     with pytest.raises(model.ModelError, match="not finite"):
         grpo.rollout(policy, prompts, 2, 5, [])
+
+
+def compilations() -> int:
+    """How many programs torch.compile has made since it was last asked; all of a piece."""
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return torch._dynamo.utils.counters["stats"].pop("unique_graphs", 0)
+
+
+def test_the_compiled_step_is_the_plain_path():
+    """Also when prompts have other lengths; compiled once for all of up to 64 tokens, and again for other rows."""
+    policy = policy_of(1)
+    policy.compiled = True
+    compilations()
+    for seed, expected in ((1, 1), (5, 0)):
+        prompts = prompts_of(policy, seed, 2)
+        fast, plain = both(policy, prompts, 3, 12, [])
+        equal(fast, plain, rtol=1e-5, atol=1e-5)
+        assert compilations() == expected and len(fast.completions.unique()) > 10
+        stops = fast.completions[:, :, 3].flatten().tolist()
+        equal(*both(policy, prompts, 3, 12, stops), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():       # weights that training has changed
+        policy.qwen.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    changed, plain = both(policy, prompts, 3, 12, [])
+    equal(changed, plain, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(changed.logprobs, fast.logprobs) and compilations() == 0
+    equal(*both(policy, prompts[:1], 3, 12, []), rtol=1e-5, atol=1e-5)
+    assert compilations() == 1
+    decoder = weakref.ref(policy.qwen.model.language_model)
+    del policy
+    gc.collect()
+    assert decoder() is None        # neither program nor memory outlives it
+
+
+def test_the_compiled_step_with_adapters(monkeypatch):
+    policy = policy_of(3, torch.float32)
+    lora.attach(policy.qwen, "", 2)
+    for weight in lora.adapters(policy).values():
+        nn.init.normal_(weight, std=0.3)
+    prompts, policy.compiled = prompts_of(policy, 3, 2), True
+    compilations()
+    fast, plain = both(policy, prompts, 2, 10, [])
+    assert compilations() == 1
+    equal(fast, plain, rtol=1e-4, atol=1e-4)
+    with lora.reference(policy):
+        assert (grpo.logprobs(policy, prompts, fast.completions, fast.mask) - fast.logprobs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("longest, wanted", [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (1880, 2048)])
+def test_padded_lengths(longest, wanted):
+    assert compiled.padded(longest) == wanted
+
+
+def test_without_a_compiler_a_line_says_so(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no_such_compiler",))
+    compiled.check(False)
+    with pytest.raises(ValueError, match="--compile.*install g"):
+        compiled.check(True)
+
+
+def test_compiling_that_fails_ends_with_a_line(monkeypatch):
+    def fail(*_):
+        raise TorchDynamoException("no room\nat all")
+    monkeypatch.setattr(compiled, "compiled", lambda _: fail)
+    policy = policy_of(0)
+    policy.compiled = True
+    with pytest.raises(ValueError, match="--compile: torch.compile failed .no room"):
+        grpo.rollout(policy, prompts_of(policy, 0, 1), 2, 5, [])

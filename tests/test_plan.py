@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import grpo
 import model
 import train
-from support import attention, launch, lora, sharding
+from support import attention, decoding, launch, lora, sharding
 from tools import plan, ways
 
 SHAPES = {"wide": ways.Sizes(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
@@ -223,6 +223,52 @@ def test_report(tmp_path, capsys):
     recomputed = plan.report(replace(config, checkpoint_activations=True))
     assert int(recomputed.split("largest group that fits: ")[1].split()[0]) > largest
     assert "16 instead of 12" in plan.report(replace(config, prompts_per_step=12))
+
+
+def test_rows_that_fit_beside_the_weights(tmp_path):
+    """As many prompts as the report names fill what the weights leave, and one more is too many."""
+    config, qwen = plan.Config(write(tmp_path, "3B"), gpus=8), Qwen2_5_VLConfig.from_pretrained(str(tmp_path))
+    rows, prompts, queries = (int(n) for n in re.search(r"(\d+) rows can be .*, (\d+) prompts of 8 .* (\d+) queries",
+                                                        plan.report(config)).groups())
+    tokens = int(re.search(r"prompt\(s\) of (\d+) tokens", plan.report(config))[1])
+    assert rows == 8 * prompts and 40 < prompts < 300 and queries > prompts
+    weights = 2 * plan.parameters(qwen)["total"] + plan.joined_bytes(qwen)
+    one = plan.cache_bytes(qwen, tokens, 1, 1024) + plan.work_bytes(qwen, tokens)
+    assert weights + queries * one <= 80e9 - plan.LIBRARIES < weights + (queries + 1) * one
+    assert "0 rows" in plan.report(replace(config, gpu_memory=5.0))
+    more = plan.report(replace(config, compile=True))
+    assert "KV cache, compiled" in more and int(re.search(r"(\d+) rows", more)[1]) < rows
+
+
+def test_a_token_takes_reading_and_launching(tmp_path):
+    config, qwen = plan.Config(write(tmp_path, "3B")), Qwen2_5_VLConfig.from_pretrained(str(tmp_path))
+    read = 2 * 3754622976 / plan.BANDWIDTH
+    launch = 36 * plan.KERNELS * plan.LAUNCH
+    assert plan.token_seconds(qwen) == pytest.approx(read + launch) and plan.token_seconds(qwen, True) == read
+    seconds = lambda **flags: float(re.search(r"decode ([\d.]+) s", plan.report(replace(config, **flags)))[1])
+    assert seconds() == pytest.approx(1024 * (read + launch), abs=0.1)
+    assert seconds(compile=True) == pytest.approx(1024 * read, abs=0.1)
+    assert "launched" in plan.report(config) and "launched" not in plan.report(replace(config, compile=True))
+
+
+@pytest.mark.parametrize("free, expected", [(80e9, 64), (24e9, 13), (8e9, 1), (1000e9, 256)])
+def test_queries_at_once(tmp_path, monkeypatch, free, expected):
+    """By the memory of a made-up GPU, of a folder and of adapters whose model it is; 16 without a GPU."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder, "3B")
+    with open(folder / "model.safetensors", "wb") as file:
+        file.truncate(int(7.5e9))       # a hole
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    (adapters / "adapter_model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    at_once = lambda name, compile=False, device="cuda:0": decoding.queries_at_once(str(name), 1024, 2809856, compile,
+                                                                                    device)
+    assert at_once(folder) == at_once(adapters) == pytest.approx(expected, rel=0.2)
+    assert at_once(folder, device="cpu") == 16
+    assert at_once(folder, True) < at_once(folder) or expected in (1, 256)
 
 
 def test_its_flags_are_train_s():

@@ -3,8 +3,8 @@
     python -m tools.bench                       the table, and as the last line one json object; 5 minutes on two cores
     python -m tools.bench --only ours           this project's step alone
     python -m tools.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
-    python -m tools.bench --decode              what one sampled token costs, and kernels a layer; tools/decode.py
     python -m tools.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
+    python -m tools.bench --decode              milliseconds and kernels a token, against `generate`; 20 minutes
     python -m tools.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
 
 The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.
@@ -50,7 +50,7 @@ class Config(Sizes):
     sweep: bool = flag(False, "fit the time of a step against G, P and C instead")
     output: str = flag("sweep.png", "the picture that --sweep draws")
     logits: bool = flag(False, "measure the memory of scoring instead: vocabulary 151,936, G 8, C 256, a tiny model")
-    decode: bool = flag(False, "measure one sampled token instead, against transformers' generate")
+    decode: bool = flag(False, "measure single tokens instead, also through torch.compile; see decode.py")
     evaluate: bool = flag(False, "measure evaluation instead, on the TVG queries of --annotations")
     annotations: str = flag("", "annotation file for --evaluate")
     videos: str = flag("", "folder of its videos")
@@ -267,7 +267,7 @@ def main(config: Config) -> None:
     elif config.evaluate:
         report = measure_evaluation(config)
     elif config.decode:
-        report = decode.measure(config, config.repeats)
+        report = decode.measure(config)
     elif config.sweep:
         report = sweep(config)
     elif config.logits:

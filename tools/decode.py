@@ -1,102 +1,210 @@
-"""What one sampled token costs (`python -m tools.bench --decode`): milliseconds, and kernels a layer.
+"""What a new token costs in sampling, and whether waiting queries should take the place of rows that have stopped.
 
-Three ways on the same weights, prompts and rows, all greedy: ours (support/incremental.py), plain (this project through
-transformers' layers, the oracle of its tests), and transformers' `generate`, with prompt and video once for each row.
-A token's time is that of many tokens less that of few, over their difference, so that prompts do not count; the ways
-take turns. At 36 narrow layers it is overhead, Python's and the launches' alone; at the bench's shape also arithmetic.
+`python -m tools.bench --decode` runs this: ours, ours through torch.compile, ours through transformers' layers (plain:
+the oracle of the tests), and transformers' `generate` on the same weights and prompt, in turns and in one process. All
+decode greedily, and nothing stops a row. A token's time is that between two calls of the head, so prompts do not count.
 
-Kernels are the operations under a TorchDispatchMode that return no view, of 6 layers less those of 2, a layer: a number
-that does not depend on the machine. An operator that is one kernel on a GPU may be several on a CPU.
+- Overhead: 36 layers so narrow that they compute hardly anything, on one thread. On a CPU this is the thread's own
+  time, which other work on the machine disturbs less than the clock.
+- Arithmetic: the shape of bench.py's flags.
+- Kernels: operations that PyTorch dispatches for one more layer and token, views aside, seen by a TorchDispatchMode;
+  they depend on no machine. `generate` gets no more rows and no other positions than the others.
 """
+import heapq
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import grpo
 import model
-from tools.ways import Sizes, as_published, build, make_prompts, plainly, repeat, shared_rollout, timed
+from support.decoding import rows_to_keep
+from tools import plan
+from tools.ways import DEVICE, Sizes, as_published, build, make_prompts, plainly, repeat, shape
 
-NARROW = dict(hidden=64, layers=36, vision_hidden=32, vision_depth=1, grids=2, side=56, text=12, vocabulary=300,
-              prompts=1, group_size=8, model="")
-FEW, MANY = 4, 36       # tokens
-Way = Callable[[int], torch.Tensor]     # tokens -> completions (B * G, tokens)
+NARROW = dict(hidden=64, layers=36, vision_hidden=64, vision_depth=1, vocabulary=512, grids=4, side=56, text=16,
+              prompts=1, group_size=8, max_tokens=64, model="")
+NO_KERNEL = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach")      # beside what says itself that it is a view
+ROUNDS = 5          # of the ways' turns
+QUERIES, LENGTHS = 256, (10, 200)       # of the simulated test set, and the tokens of its answers
+THE_3B = Sizes(hidden=2048, layers=36, vocabulary=151936, vision_hidden=1280, vision_depth=32)
 
 
-class Kernels(TorchDispatchMode):
-    """Counts operations that return no view of what they are given."""
-    count = 0
+class Decoders:
+    """The ways to decode `tokens` tokens behind the prompts of `sizes`: functions that return them, (B, G, tokens)."""
+
+    def __init__(self, sizes: Sizes):
+        self.sizes, self.policy, self.published = sizes, build(sizes), build(sizes)
+        self.prompts = make_prompts(sizes, self.policy.qwen.config)
+        as_published(self.published.qwen)
+        self.ways = {"ours": self.ours, "compiled": self.compiled, "plain": self.plain, "generate": self.generate}
+
+    def ours(self, tokens: int) -> Tensor:
+        return grpo.rollout(self.policy, self.prompts, self.sizes.group_size, tokens, [-1]).completions
+
+    def compiled(self, tokens: int) -> Tensor:
+        self.policy.compiled = True
+        try:
+            return self.ours(tokens)
+        finally:
+            self.policy.compiled = False
+
+    def plain(self, tokens: int) -> Tensor:
+        plainly(self.policy)
+        try:
+            return self.ours(tokens)
+        finally:
+            del self.policy.start_decoding
+
+    @torch.no_grad()
+    def generate(self, tokens: int) -> Tensor:
+        inputs, qwen = repeat(self.prompts, self.sizes.group_size), self.published.qwen
+        never = qwen.config.video_token_id
+        ids = qwen.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=tokens,
+                            do_sample=False, eos_token_id=never, pad_token_id=0,
+                            suppress_tokens=self.published.forbidden)
+        return ids[:, -tokens:].view(len(self.prompts), -1, tokens)
+
+    def time(self, way: str, clock: Callable[[], float]) -> tuple[list[float], Tensor]:
+        """(milliseconds between a token and the next, what was decoded)."""
+        stamps = []
+
+        def stamp(*_) -> None:
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            stamps.append(clock())
+
+        hooks = [each.qwen.lm_head.register_forward_hook(stamp) for each in (self.policy, self.published)]
+        found = self.ways[way](self.sizes.max_tokens)
+        for hook in hooks:
+            hook.remove()
+        return (np.diff(stamps) * 1e3).tolist(), found
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is dispatched, views aside."""
+    kernels = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        views = any(of.alias_info is not None and not of.alias_info.is_write for of in function._schema.returns)
-        self.count += not views
+        with self:      # in inference mode some that are made of others come as a whole
+            parts = function.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
+        self.kernels += not (function.is_view or function.name() in NO_KERNEL)
         return function(*args, **(kwargs or {}))
 
 
-def ways(sizes: Sizes) -> dict[str, Way]:
-    """Each way to sample, of policies with the same weights."""
-    ours, plain, published = (build(sizes) for _ in range(3))
-    prompts = make_prompts(sizes, ours.qwen.config)
-    plainly(plain)
-    as_published(published.qwen)
-    return {"ours": lambda tokens: shared_rollout(ours, prompts, sizes.group_size, tokens, None).flatten(0, 1),
-            "plain": lambda tokens: shared_rollout(plain, prompts, sizes.group_size, tokens, None).flatten(0, 1),
-            "generate": lambda tokens: generate(published, prompts, sizes.group_size, tokens)}
+def kernels_per_layer(sizes: Sizes) -> dict[str, int]:
+    """Of each way, what one more layer adds to what one more token adds to all that is dispatched."""
+    totals = {}
+    for layers in (2, 3):
+        decoders = Decoders(replace(sizes, layers=layers, grids=2, group_size=2))
+        for way in ("ours", "plain", "generate"):
+            for tokens in (3, 4):
+                with Counter() as counter:
+                    decoders.ways[way](tokens)
+                totals[way, layers, tokens] = counter.kernels
+    of = lambda way, layers: totals[way, layers, 4] - totals[way, layers, 3]
+    return {way: of(way, 3) - of(way, 2) for way in ("ours", "plain", "generate")}
 
 
-@torch.no_grad()
-def generate(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int) -> torch.Tensor:
-    """transformers' own loop, with this project's positions and forbidden tokens."""
-    inputs = repeat(prompts, group_size)
-    found = policy.qwen.generate(
-        **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False, pad_token_id=0, suppress_tokens=policy.forbidden)
-    return found[:, inputs["input_ids"].shape[1]:]
+def compare(sizes: Sizes, clock: Callable[[], float]) -> dict:
+    """Of each way the median milliseconds a token and the range of the rounds' medians, the median of the rounds'
+    ratios to `generate`, and seconds of compiling; whether all ways decode the same tokens."""
+    decoders, first = Decoders(sizes), {}
+    for way in decoders.ways:
+        began = time.perf_counter()
+        decoders.ways[way](3 if way == "generate" else sizes.max_tokens)       # compiles for that length
+        first[way] = time.perf_counter() - began
+    rounds, answers = [], {}
+    for _ in range(ROUNDS):
+        found = {way: decoders.time(way, clock) for way in decoders.ways}
+        answers = {way: tokens for way, (_, tokens) in found.items()}
+        rounds.append({way: float(np.median(times)) for way, (times, _) in found.items()})
+    of = {way: [each[way] for each in rounds] for way in decoders.ways}
+    return {"milliseconds": {way: float(np.median(times)) for way, times in of.items()},
+            "ranges": {way: [min(times), max(times)] for way, times in of.items()},
+            "ratios": {way: float(np.median([each[way] / each["generate"] for each in rounds])) for way in of},
+            "compile_seconds": first["compiled"] - first["ours"],
+            "same": {way: (tokens == answers["ours"]).float().mean().item() for way, tokens in answers.items()}}
 
 
-def milliseconds(sizes: Sizes, repeats: int) -> dict[str, list[float]]:
-    """{way: ms a token, of each repeat}; the ways give the same tokens, or it raises ValueError."""
-    sample, found = ways(sizes), {}
-    tokens = {name: way(MANY).tolist() for name, way in sample.items()}        # which warms up, too
-    if tokens["ours"] != tokens["plain"] or tokens["ours"] != tokens["generate"]:
-        raise ValueError("the ways sample different tokens")
-    for _ in range(repeats):
-        for name, way in sample.items():
-            seconds = {}
-            for count in (FEW, MANY):
-                with timed(seconds, count):
-                    way(count)
-            found.setdefault(name, []).append(1e3 * (seconds[MANY] - seconds[FEW]) / (MANY - FEW))
+def rows_in_batches(lengths: np.ndarray, size: int) -> list[int]:
+    """How many rows each step of decoding has when answers of so many tokens are sampled `size` at a time, and rows
+    are dropped as grpo.rollout drops them."""
+    found = []
+    for i in range(0, len(lengths), size):
+        left = torch.as_tensor(lengths[i:i + size])
+        while len(left):
+            found.append(len(left))
+            left = left - 1
+            kept = rows_to_keep((left > 0)[:, None]) if (left > 0).any() else (torch.tensor([], dtype=torch.long),)
+            left = left if kept is None else left[kept[0]]
     return found
 
 
-def kernels(sizes: Sizes) -> dict[str, float]:
-    """{way: kernels of one token of all rows, a layer}."""
-    def counted(layers: int) -> dict[str, int]:
-        found = {}
-        for name, way in ways(replace(sizes, layers=layers)).items():
-            for tokens in (3, 4):
-                with Kernels() as mode:
-                    way(tokens)
-                found[name] = mode.count - found.get(name, 0)       # of the fourth token, once both are counted
-        return found
-    few, many = counted(2), counted(6)
-    return {name: (many[name] - few[name]) / 4 for name in few}
+def rows_in_a_queue(lengths: np.ndarray, size: int) -> list[int]:
+    """The same when the next query takes the place of each row that has stopped."""
+    ends = []                       # when each row of the `size` is done
+    for length in lengths.tolist():
+        heapq.heappush(ends, length + (heapq.heappop(ends) if len(ends) == size else 0))
+    return [sum(end > step for end in ends) for step in range(max(ends))]
 
 
-def measure(sizes: Sizes, repeats: int) -> dict:
-    """Print the table and return the numbers."""
-    narrow, threads = replace(sizes, **NARROW), torch.get_num_threads()
-    torch.set_num_threads(1)
-    overhead = milliseconds(narrow, repeats)
-    torch.set_num_threads(threads)
-    usual, layers = milliseconds(sizes, repeats), kernels(narrow)
-    shape = f"{sizes.layers} layers, width {sizes.hidden}"
-    print(f"{'ms a token':12}{'36 layers, width 64':>24}{shape:>28}{'kernels a layer':>18}")
-    for name in overhead:
-        cells = [f"{np.median(of[name]):.2f} ({min(of[name]):.2f}-{max(of[name]):.2f})" for of in (overhead, usual)]
-        print(f"{name:12}{cells[0]:>24}{cells[1]:>28}{layers[name]:>18.1f}")
-    ratio = lambda of: float(np.median([a / b for a, b in zip(of["ours"], of["generate"])]))
-    return {"overhead_ratio": ratio(overhead), "decode_ratio": ratio(usual), "kernels_per_layer": layers["ours"],
-            "kernels": layers, "ms_overhead": overhead, "ms_usual": usual}
+def queueing(sizes: Sizes) -> dict:
+    """How many times less decoding, and evaluation, would take if waiting queries took the place of rows that have
+    stopped: with steps that cost as measured here for a few numbers of rows, and with the 3B model's as plan.py
+    reckons them, where 16 rows cost what one does."""
+    lengths = np.random.default_rng(sizes.seed).integers(LENGTHS[0], LENGTHS[1] + 1, QUERIES)
+    counts, costs = (1, 4, 16), []
+    for prompts in counts:
+        decoders = Decoders(replace(sizes, prompts=prompts, group_size=1, max_tokens=24))
+        decoders.ours(2)
+        began = time.perf_counter()
+        decoders.ours(1)
+        prompt = (time.perf_counter() - began) / prompts                # seconds a prompt
+        costs.append(float(np.median(decoders.time("ours", time.perf_counter)[0])) / 1e3)
+    cost = lambda rows: np.interp(rows, counts, costs).sum()
+    ways = lambda size: (rows_in_batches(lengths, size), rows_in_a_queue(lengths, size))
+    gain = lambda before, after, fixed: {"decoding": before / after, "evaluation": (before + fixed) / (after + fixed)}
+    found = {"here, 16 rows": gain(*map(cost, ways(16)), prompt * QUERIES)}
+    qwen = shape(THE_3B)
+    grid = 30, 18, 22           # 30 s of video of 480 x 360 pixels at the default --total_pixels, as plan.py has it
+    tokens = grid[0] * grid[1] * grid[2] // model.MERGE ** 2 + 100
+    prompt = sum(plan.operations(qwen, tokens, grid, 1, 2)["prefill"].values()) / (plan.TFLOPS * 1e12)
+    for size in (16, 128):
+        found[f"3B as planned, {size} rows"] = gain(*(len(rows) * plan.token_seconds(qwen) for rows in ways(size)),
+                                                    prompt * QUERIES)
+    return {"gains": found, "seconds_by_rows": dict(zip(counts, costs))}
+
+
+def measure(sizes: Sizes, narrow: Sizes | None = None) -> dict:
+    """What `--decode` reports; `narrow` is the shape in which overhead is measured, by default NARROW."""
+    narrow = narrow or replace(sizes, **NARROW)
+    threads, caches = torch.get_num_threads(), torch._inductor.config.force_disable_caches
+    torch._inductor.config.force_disable_caches = True      # else compiling costs nothing the second time
+    try:
+        torch.set_num_threads(1)
+        kernels = kernels_per_layer(narrow)
+        overhead = compare(narrow, time.perf_counter if DEVICE == "cuda" else time.thread_time)
+        torch.set_num_threads(threads)
+        arithmetic = compare(sizes, time.perf_counter)
+    finally:
+        torch.set_num_threads(threads)
+        torch._inductor.config.force_disable_caches = caches
+    print(f"{'ms a token':12}{'overhead':>10}{'range':>16}{'arithmetic':>12}{'range':>16}{'kernels a layer':>17}")
+    for way in overhead["milliseconds"]:
+        print(f"{way:12}" + "".join(f"{of['milliseconds'][way]:{width}.2f}{of['ranges'][way][0]:9.2f}-"
+                                    f"{of['ranges'][way][1]:<6.2f}" for of, width in ((overhead, 10), (arithmetic, 12)))
+              + f"{kernels.get(way, '-'):>17}")
+    found = queueing(sizes)
+    for name, gains in found["gains"].items():
+        print(f"a queue instead of batches, {name}: " + ", ".join(f"{k} {v:.2f} times" for k, v in gains.items()))
+    return {"overhead_ratio": overhead["ratios"]["ours"], "overhead_ratio_compiled": overhead["ratios"]["compiled"],
+            "kernels_per_layer": kernels["ours"], "kernels": kernels, "decode_ratio": arithmetic["ratios"]["ours"],
+            "microseconds_a_kernel": 1e3 * overhead["milliseconds"]["ours"] / narrow.layers / kernels["ours"],
+            "overhead": overhead, "arithmetic": arithmetic, "queue": found}

@@ -16,11 +16,16 @@ from transformers import Qwen2_5_VLConfig
 
 import model
 import tasks
-from support import launch, lora, video
+from support import decoding, launch, lora, video
+from support.compiled import padded
+from support.decoding import cache_bytes, joined_bytes, work_bytes
 from support.launch import flag
 
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
+TFLOPS = 60.0           # TFLOP/s that a GPU reaches, about a fifth of an A100's peak; an assumption
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
+KERNELS = 27            # launched for a layer and token, as bench.py --decode counts
+LAUNCH = 6e-6           # seconds that each takes at least, measured there with layers that compute hardly anything
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Config:
     model: str = flag(MISSING, "folder of a Qwen2.5-VL, of which only config.json is read")
     gpus: int = flag(8, "GPUs of a node; with more nodes, each holds the same")
     gpu_memory: float = flag(80.0, "GB of each")
-    tflops: float = flag(60.0, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
+    tflops: float = flag(TFLOPS, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
     group_size: int = flag(8, "G, and so on: flags of train.py, with its defaults")
     prompts_per_step: int = flag(4, "prompts in the global batch")
     prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
@@ -40,6 +45,7 @@ class Config:
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights; 0: train all weights")
     checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
+    compile: bool = flag(False, "sample through torch.compile, without launching kernels one by one")
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
     seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
     text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
@@ -119,18 +125,11 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
     return phases
 
 
-def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, group_size: int, tokens: int, size: int = 2) -> int:
-    """Keys and values while sampling: the prompt's once, and each completion's in room for its longest."""
-    text = config.text_config
-    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return 2 * size * text.num_hidden_layers * kv * (prompt + group_size * tokens)
-
-
-def joined_bytes(config: Qwen2_5_VLConfig, size: int = 2) -> int:
-    """The copies of each layer's query, key and value weights side by side, made for sampling (support.incremental)."""
-    text = config.text_config
-    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    return size * text.num_hidden_layers * text.hidden_size * (text.hidden_size + 2 * kv)
+def token_seconds(config: Qwen2_5_VLConfig, compiled: bool = False) -> float:
+    """A token of any number of rows, as far as they are few enough: the weights are read, and unless compiled, kernels
+    are launched one by one; added, as if the two did not overlap."""
+    launches = 0 if compiled else config.text_config.num_hidden_layers * KERNELS * LAUNCH
+    return 2 * parameters(config)["total"] / BANDWIDTH + launches
 
 
 def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int,
@@ -161,9 +160,10 @@ def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int
 
 def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
            prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
-           size: int = 2, rank: int = 0) -> dict[str, dict[str, float]]:
+           size: int = 2, rank: int = 0, compile: bool = False) -> dict[str, dict[str, float]]:
     """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
-    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights."""
+    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights; `compile`: keys and
+    values have a place of their own that stays."""
     sizes, text = parameters(config), config.text_config
     spread = sizes["total"]                                                                 # over the GPUs by FSDP
     trained = spread - (sizes["vision"] if freeze_vision else 0)
@@ -179,11 +179,13 @@ def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], gr
         "always": {"frozen weights, bf16": 2 * sizes["total"] if rank else 0,
                    "adapters, fp32" if rank else "master weights, fp32": 4 * spread / gpus,
                    "AdamW states, fp32": 8 * trained / gpus, "gradients, fp32": 4 * trained / gpus,
-                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0},
+                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0,
+                   "KV cache, compiled": compile * prompts * cache_bytes(config, padded(prompt), group_size, tokens,
+                                                                         size)},
         "sampling": {"gathered weights, bf16": 2 * spread,
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "q, k, v weights joined": 0 if rank else joined_bytes(config, size),
-                     "one layer at work": 2 * 4 * prompts * prompt * text.intermediate_size},
+                     "one layer at work": prompts * work_bytes(config, prompt)},
         "scoring": {"activations": prompts * kept,      # then log-softmax and two gradients, later a layer's own
                     "logits, then a layer": max(3 * 4 * logits, prompts * layer * recompute),
                     "gathered units, bf16": 2 * (root + 2 * largest), "largest unit's gradient": 6 * largest},
@@ -220,7 +222,7 @@ def report(config: Config) -> str:
     at_once = min(config.prompts_per_pass or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
     need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute,
-                                          rank=rank)
+                                          rank=rank, compile=config.compile)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
@@ -245,9 +247,14 @@ def report(config: Config) -> str:
               f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
               f"fits: {largest(config.checkpoint_activations)}"
               + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
+    weights = sum(parts["always"].values()) + parts["sampling"]["gathered weights, bf16"]
+    fit = lambda used, size: decoding.prompts_that_fit(qwen, room - used, prompt, size, tokens)
+    prompts, queries = fit(weights, config.group_size), fit(2 * sizes["total"], 1)
+    lines.append(f"beside the weights {prompts * config.group_size} rows can be sampled at once, {prompts} prompts of "
+                 f"{config.group_size} (scoring may need more); in evaluation {queries} queries")
     phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, rank > 0, config.updates)
     work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
-    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * 2 * sizes["total"] / BANDWIDTH)
+    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * token_seconds(qwen, config.compile))
     work["policy"] *= 1 + 1 / (2 if rank else 3) if config.checkpoint_activations else 1
     hours = sum(work.values()) * config.samples / config.prompts_per_step / 3600
     flop = sum(sum(of.values()) for of in phases.values()) * config.prompts_per_step
@@ -256,6 +263,9 @@ def report(config: Config) -> str:
               f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
               f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
               "most 312 and 1.6 to 2)"]
+    if not config.compile:
+        lines[-1] += (f", and {KERNELS} kernels a layer and token launched in {LAUNCH * 1e6:g} us each (measured on a "
+                      "CPU)")
     return "\n".join(lines)
 
 

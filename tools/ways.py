@@ -138,6 +138,8 @@ def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size
 
 class Plain:
     """What `Policy.start_decoding` gives, but through transformers' layers and attention.Decoding."""
+    fixed = False
+
     def __init__(self, policy: model.Policy, packed: Packed, rows: int, start: Tensor, most: int):
         self.policy, self.layout, self.position = policy, Decoding(packed, rows), start
 
@@ -169,7 +171,7 @@ def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_si
     inputs, found = repeat(prompts, group_size), []
     cache, last = DynamicCache(config=policy.qwen.config.text_config), inputs["position_ids"].amax((0, 2))   # (B * G,)
     for c in range(tokens):
-        logits = policy.qwen(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = policy.qwen(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         logits[:, policy.forbidden] = -torch.inf                                            # (B * G, V)
         found.append(torch.multinomial(logits.softmax(-1), 1))                              # (B * G, 1)
         inputs = dict(input_ids=found[-1], position_ids=(last + 1 + c).expand(3, -1)[..., None])
