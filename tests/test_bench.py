@@ -83,7 +83,7 @@ def test_evaluation_gives_the_answers_of_generate(folder, warm):
 
 
 def test_kernels_are_counted():
-    """They do not depend on the machine: of the step at most 38 a layer, and fewer than of the path that it replaces."""
+    """They depend on no machine: of the step at most 38 a layer, and fewer than of the path that it replaces."""
     found = decode.kernels_per_layer(replace(SMALL, max_tokens=0))
     assert 0 < found["ours"] <= 38 and found["ours"] < 0.7 * found["plain"] and found["ours"] < found["generate"]
 

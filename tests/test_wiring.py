@@ -53,7 +53,7 @@ FROZEN = dict(steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts
 NO_FIGURE = {"model", "annotations", "videos", "output", "allow_outside", "workers", "cache", "cache_gb", "video_limit",
              "save_every", "keep", "resume", "max_bad_steps", "tensorboard", "eval_annotations", "eval_every",
              "eval_samples", "eval_videos", "vd_verbs", "loss", "scale_rewards", "updates", "clip", "think", "merge",
-             "lora_rank", "cosine"}     # no say in it, or tested elsewhere
+             "lora_rank", "cosine", "compile"}  # no say in it, or tested elsewhere
 
 
 def film(path, seconds, side):
