@@ -345,11 +345,11 @@ def test_junk_never_raises(text):
                                    "1 to 2 " + "\t" * 99, "1 to 2 (((", "frames ", "frames 1 to 2 ", "1 to 2   "])
 def test_parsing_takes_linear_time_on_adversarial_text(piece):
     text = piece * (200_000 // len(piece))
-    began = time.perf_counter()
+    began = time.process_time()
     for completion in (text, said(text), "<think></think>" + text, "<answer>1" + text, said("1" + text + "to 2x")):
         format_reward(completion, timed=True), format_reward(completion, timed=False)
         answer(completion), segment(completion)
-    assert time.perf_counter() - began < 2   # a quadratic pattern takes minutes
+    assert time.process_time() - began < 2   # a quadratic pattern takes minutes; a busy machine does not count
 
 
 # command line

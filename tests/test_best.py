@@ -70,7 +70,8 @@ def test_scores_are_those_of_evaluate(folder, run, tmp_path):
     for row, model in ((found[0], settings.model), (found[-1], output / "model"), (None, output / "best")):
         scores = evaluate.main(evaluate.Config(
             str(tmp_path / "chosen.txt"), str(model), settings.videos, str(tmp_path / Path(model).parent.name /
-                                                                           Path(model).name), max_tokens=64))
+                                                                           Path(model).name), max_tokens=64,
+            cache=settings.cache))
         highest = max(found, key=lambda row: row["mIoU"])
         assert {key: value for key, value in (row or highest).items() if key != "step"} == {
             key: value for key, value in scores.items() if not key.startswith("rejected")}
