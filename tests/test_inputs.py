@@ -65,9 +65,9 @@ NUMBERS = {     # of each script: those that must be above 0, and those that may
               "seed beta warmup_steps prompts_per_pass save_every tvg_prob vd_verbs eval_every lora_rank"),
     "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_limit workers keep max_bad_steps",
             "seed per_pass save_every lora_rank"),
-    "evaluate": ("batch_size max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature"),
+    "evaluate": ("max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature batch_size"),
     "ground": ("batch_size max_tokens total_pixels video_limit", ""),
-    "toy": ("steps learning_rate prompts_per_step warm_steps", "seed beta tvg_prob eval_every lora_rank")}
+    "toy": ("learning_rate prompts_per_step warm_steps", "seed beta steps tvg_prob eval_every lora_rank")}
 SCRIPTS = {module.__name__: module for module in (train, sft, evaluate, ground, toy)}
 
 
