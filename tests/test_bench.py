@@ -2,10 +2,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from tools import bench, plan, ways
+from support import compiled
+from tools import bench, decode, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)
@@ -78,6 +80,34 @@ def test_evaluation_gives_the_answers_of_generate(folder, warm):
                      max_tokens=24)
     report = bench.measure_evaluation(config)
     assert report["same"] == 1 and report["ratio_evaluate"] > 0
+
+
+def test_tokens_are_timed_and_kernels_counted(monkeypatch, capsys):
+    """All ways decode the same; kernels are those of a layer and a token, and do not depend on the shape."""
+    monkeypatch.setattr(compiled, "compiled", lambda graph: compiled.run)       # not compiled, to save the time
+    monkeypatch.setattr(decode, "ROUNDS", 1)
+    monkeypatch.setattr(decode, "NARROW", dict(hidden=64, layers=3, max_tokens=8))
+    bench.main(replace(SMALL, decode=True, max_tokens=10))
+    lines = capsys.readouterr().out.splitlines()
+    numbers = json.loads(lines[-1])
+    for part in ("overhead", "arithmetic"):
+        assert numbers[part]["same"] == dict.fromkeys(("ours", "compiled", "plain", "generate"), 1.0)
+        assert min(numbers[part]["milliseconds"].values()) > 0
+    assert numbers["kernels_per_layer"] == numbers["kernels"]["ours"] == plan.KERNELS < numbers["kernels"]["plain"]
+    assert numbers["overhead_ratio"] > 0 and numbers["decode_ratio"] > 0 and numbers["overhead_ratio_compiled"] > 0
+    assert sum("a queue instead of batches" in line for line in lines) == 3
+    again = decode.kernels_per_layer(replace(SMALL, hidden=256, max_tokens=9))
+    assert all(again[way] == numbers["kernels"][way] for way in ("ours", "generate"))
+
+
+def test_batches_and_a_queue_by_hand():
+    """Rows at each step: of batches dropped below three quarters of them, in a queue replaced until none waits."""
+    lengths = np.array([1, 4, 2, 2, 3])
+    assert decode.rows_in_batches(lengths, 2) == [2, 1, 1, 1, 2, 2, 1, 1, 1]
+    assert decode.rows_in_a_queue(lengths, 2) == [2, 2, 2, 2, 2, 1, 1]
+    assert decode.rows_in_batches(np.array([5, 5, 5, 1]), 4) == [4, 3, 3, 3, 3]
+    assert decode.rows_in_a_queue(np.array([5, 5, 5, 1]), 4) == [4, 3, 3, 3, 3]
+    assert decode.rows_in_a_queue(lengths, 8) == [5, 4, 2, 1]
 
 
 def test_flags_that_cannot_be():
