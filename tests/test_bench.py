@@ -1,12 +1,12 @@
 """The two ways agree; table, fit and picture come from the numbers; evaluation is compared answer by answer."""
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from support import compiled
 from tools import bench, decode, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
@@ -82,10 +82,22 @@ def test_evaluation_gives_the_answers_of_generate(folder, warm):
     assert report["same"] == 1 and report["ratio_evaluate"] > 0
 
 
-def test_kernels_are_counted():
-    """They depend on no machine: of the step at most 38 a layer, and fewer than of the path that it replaces."""
-    found = decode.kernels_per_layer(replace(SMALL, max_tokens=0))
-    assert 0 < found["ours"] <= 38 and found["ours"] < 0.7 * found["plain"] and found["ours"] < found["generate"]
+def test_tokens_are_timed_and_kernels_counted(monkeypatch, capsys):
+    """All ways decode the same; kernels are those of a layer and a token, and do not depend on the shape."""
+    monkeypatch.setattr(compiled, "compiled", lambda graph: compiled.run)       # not compiled, to save the time
+    monkeypatch.setattr(decode, "ROUNDS", 1)
+    monkeypatch.setattr(decode, "NARROW", dict(hidden=64, layers=3, max_tokens=8))
+    bench.main(replace(SMALL, decode=True, max_tokens=10))
+    lines = capsys.readouterr().out.splitlines()
+    numbers = json.loads(lines[-1])
+    for part in ("overhead", "arithmetic"):
+        assert numbers[part]["same"] == dict.fromkeys(("ours", "compiled", "plain", "generate"), 1.0)
+        assert min(numbers[part]["milliseconds"].values()) > 0
+    assert numbers["kernels_per_layer"] == numbers["kernels"]["ours"] == plan.KERNELS < numbers["kernels"]["plain"]
+    assert numbers["overhead_ratio"] > 0 and numbers["decode_ratio"] > 0 and numbers["overhead_ratio_compiled"] > 0
+    assert sum("a queue instead of batches" in line for line in lines) == 3
+    again = decode.kernels_per_layer(replace(SMALL, hidden=256, max_tokens=9))
+    assert all(again[way] == numbers["kernels"][way] for way in ("ours", "generate"))
 
 
 def test_views_are_no_kernels():
@@ -97,18 +109,14 @@ def test_views_are_no_kernels():
     assert counter.kernels == 2
 
 
-def test_the_ways_of_decoding_do_the_same():
-    found = decode.Decoders(replace(SMALL, max_tokens=6))
-    answers = {way: found.ways[way](6) for way in ("ours", "plain", "generate")}
-    assert all(torch.equal(tokens, answers["ours"]) for tokens in answers.values())
-    times, tokens = found.time("ours", time.perf_counter)
-    assert len(times) == 5 and min(times) > 0 and torch.equal(tokens, answers["ours"])
-
-
-def test_rows_of_a_queue_and_of_batches():
-    """Answers of 1, 4, 2 tokens, two at a time: the third begins when the first has ended."""
-    assert decode.rows_in_a_queue(np.array([1, 4, 2]), 2) == [2, 2, 2, 1]
-    assert decode.rows_in_batches(np.array([1, 4, 2]), 2) == [2, 1, 1, 1, 1, 1]
+def test_batches_and_a_queue_by_hand():
+    """Rows at each step: of batches dropped below three quarters of them, in a queue replaced until none waits."""
+    lengths = np.array([1, 4, 2, 2, 3])
+    assert decode.rows_in_batches(lengths, 2) == [2, 1, 1, 1, 2, 2, 1, 1, 1]
+    assert decode.rows_in_a_queue(lengths, 2) == [2, 2, 2, 2, 2, 1, 1]
+    assert decode.rows_in_batches(np.array([5, 5, 5, 1]), 4) == [4, 3, 3, 3, 3]
+    assert decode.rows_in_a_queue(np.array([5, 5, 5, 1]), 4) == [4, 3, 3, 3, 3]
+    assert decode.rows_in_a_queue(lengths, 8) == [5, 4, 2, 1]
 
 
 def test_flags_that_cannot_be():

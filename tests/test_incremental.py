@@ -1,5 +1,6 @@
 """The decoding step against transformers' own layers, on models of random shapes: the same tokens, fewer kernels."""
 import gc
+import json
 import random
 import weakref
 
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+import evaluate
+import ground
 import grpo
 import model
+import train
 from support import compiled, lora
 from support.incremental import Step
 from tools import ways
@@ -186,6 +190,46 @@ def test_the_compiled_step_with_adapters(monkeypatch):
     equal(fast, plain, rtol=1e-4, atol=1e-4)
     with lora.reference(policy):
         assert (grpo.logprobs(policy, prompts, fast.completions, fast.mask) - fast.logprobs).abs().max() > 0.1
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """How often a program was called, while it runs as it is written, uncompiled."""
+    calls = []
+    monkeypatch.setattr(compiled, "compiled", lambda graph: lambda *args: calls.append(args[0]) or compiled.run(*args))
+    return calls
+
+
+def test_the_flag_of_evaluate_and_ground(folder, warm, tmp_path, programs, capsys):
+    answers, given = {}, {}
+    for on in (False, True):
+        evaluate.main(evaluate.Config(model=str(warm), annotations=str(folder / "test.txt"), max_tokens=24, compile=on,
+                                      videos=str(folder / "videos"), output=str(tmp_path / str(on)), tasks=["TVG"]))
+        answers[on] = [json.loads(line)["completion"] for line in open(tmp_path / str(on) / "predictions.jsonl")]
+        assert bool(programs) == on
+        programs.clear()
+        given[on] = ground.main(ground.Config(str(next((folder / "videos").iterdir())), ["it spins", "it rests"],
+                                              str(warm), max_tokens=24, compile=on))
+        assert bool(programs) == on
+        programs.clear()
+    assert answers[False] == answers[True] and given[False] == given[True] and len(set(answers[True])) > 1
+
+
+def test_the_flag_of_train(folder, warm, tmp_path, programs):
+    """The same steps with it as without, and a run may go on with the flag changed."""
+    numbers, options = {}, dict(model=str(warm), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
+                                prompts_per_step=2, group_size=4, max_tokens=64, learning_rate=1e-4, tvg_prob=0.5,
+                                seed=1)
+    for on in (False, True):
+        train.main(train.Config(output=str(tmp_path / str(on)), steps=2, compile=on, **options))
+        numbers[on] = [json.loads(line) for line in open(tmp_path / str(on) / "metrics.jsonl")]
+        assert bool(programs) == on
+    for plain, static in zip(*numbers.values(), strict=True):
+        for key in ("reward", "tokens", "kl", "loss", "grad_norm"):
+            assert static[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-5)
+    programs.clear()
+    train.main(train.Config(output=str(tmp_path / "True"), steps=3, resume=True, **options))
+    assert not programs
 
 
 @pytest.mark.parametrize("longest, wanted", [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (1880, 2048)])

@@ -1,4 +1,4 @@
-"""What a GRPO step costs: this project's, the repeated-prompt way of peers, and the floor, side by side in one run.
+"""What a GRPO step costs: this project's, that of TRL's GRPOTrainer, and the floor, side by side in one run.
 
     python -m tools.bench                       the table, and as the last line one json object; 5 minutes on two cores
     python -m tools.bench --only ours           this project's step alone

@@ -251,7 +251,7 @@ def report(config: Config) -> str:
     fit = lambda used, size: decoding.prompts_that_fit(qwen, room - used, prompt, size, tokens)
     prompts, queries = fit(weights, config.group_size), fit(2 * sizes["total"], 1)
     lines.append(f"beside the weights {prompts * config.group_size} rows can be sampled at once, {prompts} prompts of "
-                 f"{config.group_size} (scoring may need more); in evaluation {queries} queries")
+                 f"{config.group_size} (scoring may need more); in evaluation {queries} queries, if as long")
     phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, rank > 0, config.updates)
     work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
     work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * token_seconds(qwen, config.compile))

@@ -2,8 +2,11 @@
 
 - ours: grpo.rollout and grpo.logprobs.
 - repeated: `repeated_rollout` and `repeated_logprobs`, in transformers' own code. Prompt and video stand there once for
-  each of the G completions, in sampling (vision tower and prefill too) and in scoring, as TRL's GRPOTrainer does it.
-  Logits are of whole sequences, as in the authors' trainer (TRL 0.17); TRL 1.16 makes those of completions only.
+  each of the G completions, in sampling (vision tower and prefill too) and in scoring, as trainers do that run on TRL's
+  GRPOTrainer. Logits are of whole sequences, as in the authors' (TRL 0.17); TRL 1.16 makes those of completions only.
+
+TRL's newer asynchronous trainer and verl share text prefixes; no released trainer was found that shares a video prefix
+under multimodal rotary positions.
 """
 import tempfile
 import time
