@@ -42,6 +42,13 @@ class Static(Step):
         for layer, prompt in enumerate(self.prompts):
             self.prompts[layer] = kept_as(f"prompt {layer}", 2, groups * key_heads, length, d)
             self.prompts[layer][:, :, :longest] = prompt.flatten(1, 2)
+        for number, block in enumerate(decoder.layers):
+            modules = [getattr(block.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+            if all(type(module) is nn.Linear for module in modules):
+                weight = torch.cat([module.weight for module in modules])
+                weight = kept_as(f"weight {number}", *weight.shape).copy_(weight)
+                bias = kept_as(f"bias {number}", len(weight)).copy_(torch.cat([module.bias for module in modules]))
+                self.layers[number] = self.layers[number]._replace(qkv=side_by_side(weight, bias))
         self.own = [kept_as(f"own {layer}", 2, groups * key_heads * rows, most, d) for layer in range(len(self.layers))]
         hidden = torch.full((groups, length + most), -torch.inf).to(self.table)
         hidden[:, :longest] = 0 if self.bias is None else self.bias
@@ -83,6 +90,10 @@ def check(wanted: bool) -> None:
     except InvalidCxxCompiler as error:
         raise ValueError("--compile: torch.compile needs a C++ compiler, and there is none that works; install g++, or "
                          "give the path of one in the environment variable CXX, or leave the flag out") from error
+
+
+def side_by_side(weight: Tensor, bias: Tensor) -> Callable:
+    return lambda x: torch.addmm(bias, x, weight.t())
 
 
 def padded(longest: int) -> int:
