@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-import model
 from support.decoding import rows_to_keep
+from support.video import TOTAL_PIXELS
 from tools import plan
 from tools.ways import DEVICE, Sizes, as_published, build, make_prompts, plainly, repeat, shape
 
@@ -173,8 +173,7 @@ def queueing(sizes: Sizes) -> dict:
     gain = lambda before, after, fixed: {"decoding": before / after, "evaluation": (before + fixed) / (after + fixed)}
     found = {"here, 16 rows": gain(*map(cost, ways(16)), prompt * QUERIES)}
     qwen = shape(THE_3B)
-    grid = 30, 18, 22           # 30 s of video of 480 x 360 pixels at the default --total_pixels, as plan.py has it
-    tokens = grid[0] * grid[1] * grid[2] // model.MERGE ** 2 + 100
+    tokens, grid = plan.usual_prompt(30.0, TOTAL_PIXELS, 100)
     prompt = sum(plan.operations(qwen, tokens, grid, 1, 2)["prefill"].values()) / (plan.TFLOPS * 1e12)
     for size in (16, 128):
         found[f"3B as planned, {size} rows"] = gain(*(len(rows) * plan.token_seconds(qwen) for rows in ways(size)),

@@ -208,16 +208,21 @@ def check_flags(config: Config) -> None:
     model.check_config(lora.base(config.model))
 
 
+def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tuple[int, int, int]]:
+    """(tokens, grid) of a prompt of so many tokens beside its video, one of 480 x 360 pixels and so many seconds."""
+    frames = video.frame_count(seconds, 10 ** 9)
+    height, width = video.frame_size(360, 480, frames, total_pixels)
+    grid = frames // 2, height // model.PATCH, width // model.PATCH
+    return math.prod(grid) // model.MERGE ** 2 + text, grid
+
+
 def report(config: Config) -> str:
     """What it takes to train the model whose config.json is in `config.model`, as text: memory a GPU by part (GB of
     10^9 bytes), the largest group that fits into it, operations, hours."""
     gpus, tokens, beta, rank = config.gpus, config.max_tokens, config.beta, config.lora_rank
     freeze = config.freeze_vision or rank > 0
     qwen = Qwen2_5_VLConfig.from_pretrained(lora.base(config.model))
-    frames = video.frame_count(config.seconds, 10 ** 9)
-    height, width = video.frame_size(360, 480, frames, config.total_pixels)
-    grid = frames // 2, height // model.PATCH, width // model.PATCH
-    prompt = math.prod(grid) // model.MERGE ** 2 + config.text_tokens
+    prompt, grid = usual_prompt(config.seconds, config.total_pixels, config.text_tokens)
     mine = math.ceil(config.prompts_per_step / gpus)
     at_once = min(config.prompts_per_pass or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
@@ -232,8 +237,9 @@ def report(config: Config) -> str:
     total = peak(parts)
     lines = [f"{config.model}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision "
              "tower",
-             f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({config.seconds:g} s of video, {frames} "
-             f"frames of {width} x {height}), G = {config.group_size}, up to {tokens} tokens a completion", "",
+             f"{gpus} GPU(s), {at_once} prompt(s) of {prompt} tokens a pass ({config.seconds:g} s of video, "
+             f"{2 * grid[0]} frames of {grid[2] * model.PATCH} x {grid[1] * model.PATCH}), G = {config.group_size}, up "
+             f"to {tokens} tokens a completion", "",
              "GB a GPU"]
     if rank:
         learned = qwen.text_config.num_hidden_layers * adapter_parameters(qwen, rank)
