@@ -8,7 +8,7 @@ from support import launch, lora
 from support.video import FACTOR, MAX_FRAMES, MIN_PIXELS
 
 USUAL, MOST = 16, 256       # queries at once in evaluation: where a GPU's memory is not known, and at most
-FILLED = 0.8                # of a GPU's free memory: the rest is for CUDA, the vision tower and gaps between tensors
+FILLED = 0.8                # of a GPU's memory: the rest is for CUDA, the vision tower and gaps between tensors
 HELD = 2.4                  # with --compile: keys and values are padded, and stay while the next prompts run
 TEXT = 500                  # tokens of a prompt beside its video's, more than any query needs
 
@@ -63,11 +63,12 @@ def prompts_that_fit(config: Qwen2_5_VLConfig, room: float, prompt: int, rows: i
 
 def queries_at_once(model: str, tokens: int, total_pixels: int, compile: bool, device: str) -> int:
     """How many queries to answer at once with the model of a folder or name, in answers of so many `tokens` at most: as
-    many as fit on a GPU beside the weights, on the fullest of all processes, if all had the longest of videos."""
+    many as fit on a GPU beside the weights, on the smallest of all processes, if all had the longest of videos. It does
+    not ask what is free at the moment: a run that goes on has to find the same batches."""
     if device == "cpu":
         return USUAL
     weights = sum(path.stat().st_size for path in lora.files(model, "*.safetensors"))
-    room = FILLED * torch.cuda.mem_get_info(device)[0] - weights
+    room = FILLED * torch.cuda.mem_get_info(device)[1] - weights
     room /= HELD if compile else 1
     prompt = max(total_pixels, MAX_FRAMES * MIN_PIXELS) // (2 * FACTOR ** 2) + TEXT
     config = Qwen2_5_VLConfig.from_pretrained(lora.base(model))

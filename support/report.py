@@ -284,6 +284,11 @@ def write_report(output: Path, rows: list[dict], experiments: dict[str, Experime
         known = {world for each in experiments.values() for world in each.worlds} - set(experiment.worlds)
         there = {row["world"] for row in rows if row["arm"] in experiment.arms and row["steps"]} - known
         for world in sorted(there):
+            lacking = [arm for arm in experiment.arms if not of_arm(rows, world, arm, "mIoU")]
+            if lacking:     # half a comparison would look like a whole one
+                parts += [f"## {experiment.title}" + f", on `{world}`" * (len(there) > 1),
+                          f"Not run yet: {'; '.join(lacking)}."]
+                continue
             parts += [f"## {experiment.title}" + f", on `{world}`" * (len(there) > 1), experiment.question,
                       scores_table(experiment, rows, world)]
             drawn = {f"{name}_{world}": draw_differences(experiment, rows, world, output / f"{name}_{world}.png")}

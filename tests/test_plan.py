@@ -251,8 +251,8 @@ def test_a_token_takes_reading_and_launching(tmp_path):
     assert "launched" in plan.report(config) and "launched" not in plan.report(replace(config, compile=True))
 
 
-@pytest.mark.parametrize("free, expected", [(80e9, 64), (24e9, 13), (8e9, 1), (1000e9, 256)])
-def test_queries_at_once(tmp_path, monkeypatch, free, expected):
+@pytest.mark.parametrize("total, expected", [(80e9, 64), (24e9, 13), (8e9, 1), (1000e9, 256)])
+def test_queries_at_once(tmp_path, monkeypatch, total, expected):
     """By the memory of a made-up GPU, of a folder and of adapters whose model it is; 16 without a GPU."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -263,7 +263,7 @@ def test_queries_at_once(tmp_path, monkeypatch, free, expected):
     adapters.mkdir()
     (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     (adapters / "adapter_model.safetensors").write_bytes(b"0" * 1000)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 3, total))
     at_once = lambda name, compile=False, device="cuda:0": decoding.queries_at_once(str(name), 1024, 2809856, compile,
                                                                                     device)
     assert at_once(folder) == at_once(adapters) == pytest.approx(expected, rel=0.2)

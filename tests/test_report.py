@@ -107,3 +107,14 @@ def test_report_has_every_table_and_picture(tmp_path):
     assert len(named) == 6
     for name in named:
         assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0.01
+
+
+def test_half_a_comparison_is_not_shown(tmp_path):
+    """It says what is lacking, and draws nothing; a claim that rests on it has not been run."""
+    rows = runs("a", [0.1, 0.2, 0.4]) + runs("b", [0.2, 0.3, 0.6])
+    experiment = Experiment("Figure 5", "Which p?", ("a", "b", "c"), "a", ("w",))
+    claim = Claim("Figure 5", "a is best", ("a",), ("b", "c"), ("w",), ("mIoU",))
+    report.write_report(tmp_path, rows, {"figure5": experiment}, [claim], {"a": 1.0, "b": 0.8, "c": 0.6}, [])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "Not run yet: c." in text and "| a | 0.2" not in text and "**not run**" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["RESULTS.md"]
