@@ -214,7 +214,6 @@ def layout() -> list:
     return sharding.mesh().mesh.tolist()
 
 
-@pytest.mark.processes
 def test_a_node_shares_a_model(tmp_path):
     for processes, per_node, ranks in ((2, 2, [0, 1]), (6, 3, [[0, 1, 2], [3, 4, 5]]), (3, 1, [0, 1, 2])):
         assert together(tmp_path / f"{processes}", processes, per_node, layout) == [ranks] * processes

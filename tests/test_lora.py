@@ -333,7 +333,6 @@ def test_a_run_learns_adapters_and_keeps_nothing_else(unbroken, warm):
     assert moved == {f"qwen.{name}.weight" for name in LINEAR}
 
 
-@pytest.mark.processes
 def test_killed_and_resumed_is_unbroken(unbroken, tmp_path):
     """To the bit; another rank is refused, and a finished run writes its model merged when it is asked to."""
     settings = replace(unbroken[0], output=str(tmp_path / "run"))

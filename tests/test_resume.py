@@ -76,7 +76,6 @@ def unbroken(folder, warm, tmp_path_factory):
     return settings, outcome(output)
 
 
-@pytest.mark.processes
 def test_killed_and_interrupted_is_unbroken(unbroken, tmp_path):
     """SIGTERM in a step, SIGKILL in a step, in a checkpoint and while the final model is written."""
     assert survive(replace(unbroken[0], output=str(tmp_path / "run")), "train", [
@@ -218,7 +217,6 @@ def poison_rank_1(rank):
     grpo.loss = poisoned
 
 
-@pytest.mark.processes
 def test_two_processes_skip_alike_and_name_the_way_back(unbroken, tmp_path):
     settings = replace(unbroken[0], output=str(tmp_path / "run"), save_every=1, max_bad_steps=2)
     assert finish(start("train", settings, tmp_path / "log", 2, poison_rank_1)) == [2, 2]

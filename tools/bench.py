@@ -4,7 +4,7 @@
     python -m tools.bench --only ours           this project's step alone
     python -m tools.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
     python -m tools.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
-    python -m tools.bench --decode              milliseconds and kernels a token, against `generate`; 20 minutes
+    python -m tools.bench --decode              milliseconds and kernels a token, against `generate`; 7 minutes
     python -m tools.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
 
 The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.

@@ -25,7 +25,7 @@ LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps b
 TFLOPS = 60.0           # TFLOP/s that a GPU reaches, about a fifth of an A100's peak; an assumption
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
 KERNELS = 27            # launched for a layer and token, as bench.py --decode counts
-LAUNCH = 6e-6           # seconds that each takes at least, measured there with layers that compute hardly anything
+LAUNCH = 4e-6           # seconds that each takes at least, measured there with layers that compute hardly anything
 
 
 @dataclass
