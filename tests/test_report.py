@@ -35,8 +35,9 @@ def test_quantiles_go_on_smoothly():
 
 
 def test_differences_are_paired_by_seed():
-    """Seeds differ by far more than arms do; a seed that only one arm has does not count."""
-    rows = runs("a", [0.11, 0.52, 0.93, 0.2]) + runs("b", [0.10, 0.50, 0.90])
+    """Seeds differ by far more than arms do; a seed that only one arm has does not count, nor does the rows' order."""
+    rows = runs("a", [0.11, 0.2, 0.52, 0.93]) + [row("w", seed, "b", mIoU=mIoU) for seed, mIoU in (
+        (3, 0.90), (0, 0.10), (2, 0.50))]
     mean, low, high = report.difference(rows, "w", "a", "b", "mIoU")
     assert mean == pytest.approx(0.02) and high - low == pytest.approx(2 * 4.303 * 0.01 / 3 ** 0.5)
 
