@@ -1,13 +1,11 @@
 """One new token a row: what `Policy.hidden` computes with a `Decoding`, in as few kernels as PyTorch's operators allow.
 
-A token of a deep model costs tens of milliseconds of Python and kernel launches, whatever the arithmetic. So layers are
-gone through here without transformers' code: rotary tables are made once a rollout, queries and keys rotated together
-and in place; keys and values go into a buffer of fixed size; scale, padding and residual are part of a product, a norm
-is one operator.
+A token costs a deep model tens of milliseconds of Python and launches, whatever the arithmetic. So transformers' layers
+are not called: rotary tables are made once a rollout, queries and keys rotated together and in place, keys and values
+put into a buffer of fixed size; scale, padding and residual are part of a product, a norm is one operator.
 
-Linear modules that are no plain nn.Linear, such as LoRA's, are called, so that what is around them counts. Under FSDP
-the weights have to be gathered already, as they are behind the prompts' own pass inside sharding.gathered: no hook
-runs here.
+Linear modules that are no plain nn.Linear, such as LoRA's, are called, so that what is around them counts. No hooks of
+FSDP run, so weights have to be gathered already, as they are behind the prompts' own pass inside sharding.gathered.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +13,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from support.attention import Packed
 
@@ -54,8 +50,7 @@ def side_by_side(*modules: nn.Module) -> Callable:
     """x -> cat of all module(x); the weights of plain ones are joined."""
     if any(type(module) is not nn.Linear or module.bias is None for module in modules):
         return lambda x: torch.cat([module(x) for module in modules], 1)
-    weight, bias = (torch.cat([getattr(module, name) for module in modules]) for name in ("weight", "bias"))
-    weight = weight.t()
+    weight, bias = torch.cat([module.weight for module in modules]).t(), torch.cat([module.bias for module in modules])
     return lambda x: torch.addmm(bias, x, weight)
 
 
@@ -79,9 +74,8 @@ def through(layer: Layer, x: Float[Tensor, "n H"], rotary: tuple[Tensor, Tensor]
     weights = torch.cat((to_prompt.view(-1, repeats, length), torch.bmm(q, own_keys)), 2)       # (Bkr, repeats, P + c)
     weights = (weights if bias is None else weights.add_(bias)).softmax(2)                      # in fp32 inside
     of_prompt, of_own = weights.split((length, own_values.shape[1]), 2)
-    y = torch.bmm(of_prompt.view(to_prompt.shape), values).view(q.shape)
-    y = y.baddbmm_(of_own, own_values).view(groups, key_heads, -1, repeats, d)
-    x = layer.out(x, y.transpose(1, 2).reshape(n, heads * d))
+    y = torch.bmm(of_prompt.view(to_prompt.shape), values).view(q.shape).baddbmm_(of_own, own_values)
+    x = layer.out(x, y.view(groups, key_heads, -1, repeats, d).transpose(1, 2).reshape(n, heads * d))
     y = layer.mlp_norm(x)
     return layer.down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
 
@@ -93,8 +87,7 @@ class Step:
     def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int):
         """`decoder`: transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
         `start`: the first position behind each row's prompt. `most`: new tokens a row at most."""
-        self.decoder, self.rows, self.tokens = decoder, rows, 0
-        self.norm = norm(decoder.norm)
+        self.decoder, self.norm, self.rows, self.tokens = decoder, norm(decoder.norm), rows, 0
         self.layers = [self.parts(block, block.self_attn, block.mlp) for block in decoder.layers]
         lengths, first = torch.tensor(packed.prompts), packed.kept[0][0]                        # (1, k, N, d)
         self.heads, longest = (decoder.config.num_attention_heads, first.shape[1]), int(lengths.max())
@@ -103,7 +96,8 @@ class Step:
         self.prompts = []
         for layer in range(len(self.layers)):
             parts = [x[0].transpose(0, 1).split(packed.prompts) for x in packed.kept.pop(layer)]    # B of (P, k, d)
-            self.prompts.append(torch.stack([pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts]))
+            parts = [nn.utils.rnn.pad_sequence(part, batch_first=True).transpose(1, 2) for part in parts]
+            self.prompts.append(torch.stack(parts))
         beyond = (torch.arange(longest) >= lengths[:, None]).to(first.device)                   # (B, P) padding
         self.bias = first.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf) if beyond.any() else None
         self.offset = start - start.min()                                                       # (B * R,)
@@ -134,7 +128,7 @@ class Step:
         slots = own.select(3, self.tokens).view(-1, 2, groups, key_heads, rows, d).unbind()
         keys, values = own.narrow(3, 0, self.tokens + 1).unbind(1)                              # (layers, B k R, c, d)
         x, rotary = self.decoder.embed_tokens(token), self.table.index_select(0, self.offset).unbind(1)
-        bias = None if self.bias is None else pad(self.padding, (0, self.tokens + 1))           # (B k R, 1, P + c)
+        bias = None if self.bias is None else nn.functional.pad(self.padding, (0, self.tokens + 1))  # (B k R, 1, P + c)
         for layer, *prompt, slot, k, v in zip(self.layers, *self.flat, slots, keys.mT.unbind(), values.unbind()):
             write = lambda new: slot.copy_(new.view(groups, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4))
             x = through(layer, x, rotary, self.heads[0], *prompt, k, v, bias, write)
