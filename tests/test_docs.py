@@ -109,6 +109,13 @@ def test_commands_are_parsed(name, command, monkeypatch, tmp_path):
         assert "hours an epoch" in planned and "DOES NOT FIT" not in planned
 
 
+def test_swapped_verbs_earn_vc_in_full(capsys):
+    """The command that docs/method.md shows for it, run."""
+    command, = (command for _, command in ALL if command.startswith("python tasks.py VC"))
+    assert tasks.main(shlex.split(command)[2:]) == 0
+    assert json.loads(capsys.readouterr().out) == {"format": 1.0, "vc": 1.0, "total": 2.0}
+
+
 @pytest.mark.parametrize("wrong", ["python train.py --modle x", "python tasks.py AR",
                                    "python evaluate.py ... --stpes 3", "python -m tools.plan --model x --gpu 3"])
 def test_wrong_commands_are_found(wrong, monkeypatch):
