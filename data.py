@@ -185,13 +185,7 @@ class Malformed(ValueError):
 
 
 def load_json(text: str):
-    """The value of a json text, or the error as a value; nesting too deep is an error, and a key that stands twice."""
-    def once(pairs: list[tuple]) -> dict:
-        if len(found := dict(pairs)) < len(pairs):      # json would keep the last one and say nothing
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-        return found
-
+    """The value of a json text, with an Object for each object, or the error as a value; nesting too deep is one."""
     try:
         return json.loads(text, object_pairs_hook=Object)
     except (ValueError, RecursionError) as error:
