@@ -41,7 +41,8 @@ with a weakness, which GRPO can mend:
 Answers are greedy, on the held-out queries of a seed's world, 527 to 558. Differences are paired: same videos, warm
 start and test set; in brackets is Student's 95 % interval over seeds. A claim **holds** here when every interval
 that it rests on is on its side of 0, **does not hold** when one is on the other side, and else **cannot be
-told**."""
+told**. Each interval is one of 95 % for itself: of twenty such about one misses, so a verdict that rests on one of
+many differences is weak."""
 FAILED_WORLDS = """## Worlds that could not tell
 
 - Thoughts that marked an event before naming its verb: mIoU rose from 0.40 to 0.69 while half of the pairs of
