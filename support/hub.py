@@ -12,13 +12,15 @@ from huggingface_hub.utils import disable_progress_bars
 from support.folders import ModelError, brief
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]        # weights, configs, tokenizer, template
+CONFIGS = ["config.json", "adapter_config.json"]
 NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
 @lru_cache
-def local_folder(model: str) -> str:
+def local_folder(model: str, config_only: bool = False) -> str:
     """The folder of a model: for a name on the hub that in the Hugging Face cache, downloaded where it is not there as
-    a whole; anything else is `model` itself. Raises ModelError when it cannot be downloaded."""
+    a whole, with `config_only` of that its configs alone; anything else is `model` itself. Raises ModelError when it
+    cannot be downloaded."""
     name = NAME.fullmatch(model)
     if name is None or os.path.exists(os.path.dirname(model)):      # in that case, a folder that is misspelt
         return model
@@ -32,7 +34,7 @@ def local_folder(model: str) -> str:
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bars()         # the first process shows them; the others wait for its files
     try:
-        return snapshot_download(**asked)
+        return snapshot_download(**asked | ({"allow_patterns": CONFIGS} if config_only else {}))
     except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, ValueError) as error:
         revision = f" --revision {name[2]}" if name[2] else ""
         raise ModelError(f"{model}: there is no such folder, the Hugging Face cache has not all of its files, and they "

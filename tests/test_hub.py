@@ -10,6 +10,7 @@ import evaluate
 import model
 from support import hub
 from support.folders import ModelError
+from tools import plan
 
 REVISION = "66285546d2b821cf421d4f5eb2576359d3770cd3"
 
@@ -48,6 +49,21 @@ def test_evaluating_a_model_by_name(cache, folder, tmp_path):
                              output=str(tmp_path / "out"), tasks=["TVG"], steps=1, batch_size=2, max_tokens=3)
     assert evaluate.main(config)["queries"] == 2
     assert f"{REVISION}/config.json" in (tmp_path / "out" / "inputs.json").read_text()
+
+
+def test_planning_downloads_the_config_alone(cache, folder, monkeypatch):
+    stored, asked, download = put(cache, folder / "model"), [], hub.snapshot_download
+    for path in stored.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+
+    def get(**how):
+        asked.append(how["allow_patterns"])
+        return download(**how | {"local_files_only": True})
+
+    monkeypatch.setattr(hub, "snapshot_download", get)
+    assert plan.config_of("org/tiny").text_config.num_hidden_layers == 4
+    assert asked[1:] == [["config.json", "adapter_config.json"]]
 
 
 @pytest.mark.parametrize("name", ["runs/gone", "gone", "/gone/model", "a/b/c", "./a", "org/", "org/ti ny"])

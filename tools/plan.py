@@ -1,6 +1,8 @@
 """What a step costs, on paper: parameters, operations and memory of a model of given shape, without running it.
 
-    python -m tools.plan --model DIR --gpus 8 --gpu_memory 40 --prompts_per_step 8      reads only DIR/config.json
+    python -m tools.plan --model Qwen/Qwen2.5-VL-3B-Instruct --gpus 8 --gpu_memory 40 --prompts_per_step 8
+
+Of a model it reads config.json alone; the published 3B and 7B are known here, so nothing is downloaded for them.
 
 Operations are those of matrix products, 2 a multiply-add, and only those that the method cannot do without: a prompt
 once for each of sampling, reference and policy, causal attention by its half, logits only where completions are. Memory
@@ -10,17 +12,27 @@ keys and values are checked against measured ones in test_plan.py, FSDP2's are n
 steps of one process is.
 """
 import math
+import os
 from dataclasses import MISSING, dataclass
 
 from transformers import Qwen2_5_VLConfig
 
 import model
 import tasks
-from support import decoding, launch, lora, video
+from support import decoding, hub, launch, lora, video
 from support.compiled import padded
 from support.decoding import cache_bytes, joined_bytes, work_bytes
 from support.launch import flag
 
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
+PUBLISHED = {"Qwen/Qwen2.5-VL-3B-Instruct": dict(
+                 text_config=dict(hidden_size=2048, intermediate_size=11008, num_attention_heads=16,
+                                  num_hidden_layers=36, num_key_value_heads=2, vocab_size=151936),
+                 vision_config=VISION | dict(out_hidden_size=2048), tie_word_embeddings=True),
+             "Qwen/Qwen2.5-VL-7B-Instruct": dict(
+                 text_config=dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
+                                  num_hidden_layers=28, num_key_value_heads=4, vocab_size=152064),
+                 vision_config=VISION | dict(out_hidden_size=3584), tie_word_embeddings=False)}
 LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
 TFLOPS = 60.0           # TFLOP/s that a GPU reaches, about a fifth of an A100's peak; an assumption
 BANDWIDTH = 1e12        # bytes a second that decoding reads weights at, half to two thirds of what such GPUs have
@@ -30,7 +42,7 @@ LAUNCH = 4e-6           # seconds that each takes at least, measured there with 
 
 @dataclass
 class Config:
-    model: str = flag(MISSING, "folder of a Qwen2.5-VL, of which only config.json is read")
+    model: str = flag(MISSING, "folder of a Qwen2.5-VL or its name on the hub; only its config.json is read")
     gpus: int = flag(8, "GPUs of a node; with more nodes, each holds the same")
     gpu_memory: float = flag(80.0, "GB of each")
     tflops: float = flag(TFLOPS, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
@@ -205,7 +217,17 @@ def check_flags(config: Config) -> None:
     if config.group_size < 2:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     lora.check_rank(config.lora_rank)
-    model.check_config(lora.base(config.model))
+    config_of(config.model)
+
+
+def config_of(name: str) -> Qwen2_5_VLConfig:
+    """The config of a model of PUBLISHED, or of a folder or another name. Raises ModelError where it has none that can
+    be used."""
+    if name.partition("@")[0] in PUBLISHED and not os.path.exists(name):
+        return Qwen2_5_VLConfig(**PUBLISHED[name.partition("@")[0]])
+    folder = lora.base(hub.local_folder(name, config_only=True))
+    model.check_config(folder)
+    return Qwen2_5_VLConfig.from_pretrained(folder)
 
 
 def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tuple[int, int, int]]:
@@ -217,11 +239,11 @@ def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tup
 
 
 def report(config: Config) -> str:
-    """What it takes to train the model whose config.json is in `config.model`, as text: memory a GPU by part (GB of
-    10^9 bytes), the largest group that fits into it, operations, hours."""
+    """What it takes to train `config.model`, as text: memory a GPU by part (GB of 10^9 bytes), the largest group that
+    fits into it, operations, hours."""
     gpus, tokens, beta, rank = config.gpus, config.max_tokens, config.beta, config.lora_rank
     freeze = config.freeze_vision or rank > 0
-    qwen = Qwen2_5_VLConfig.from_pretrained(lora.base(config.model))
+    qwen = config_of(config.model)
     prompt, grid = usual_prompt(config.seconds, config.total_pixels, config.text_tokens)
     mine = math.ceil(config.prompts_per_step / gpus)
     at_once = min(config.prompts_per_pass or mine, mine)
