@@ -42,7 +42,10 @@ Answers are greedy, on the held-out queries of a seed's world, 527 to 558. Diffe
 start and test set; in brackets is Student's 95 % interval over seeds. A claim **holds** here when every interval
 that it rests on is on its side of 0, **does not hold** when one is on the other side, and else **cannot be
 told**. Each interval is one of 95 % for itself: of twenty such about one misses, so a verdict that rests on one of
-many differences is weak."""
+many differences is weak.
+
+In the pictures a small dot is a seed, a large one their mean and the line its interval; bands reach from the lowest
+seed to the highest."""
 FAILED_WORLDS = """## Worlds that could not tell
 
 - Thoughts that marked an event before naming its verb: mIoU rose from 0.40 to 0.69 while half of the pairs of
@@ -192,10 +195,11 @@ def draw_differences(experiment: Experiment, rows: list[dict], world: str, path:
             values = [float(np.mean([one[seed] - other[seed] for one, other in pairs])) for seed in sorted(seeds)]
             mean, low, high = interval(values)
             axis.plot([low, high], [y, y], color=plot.COLOURS["TVG"], linewidth=2)
-            axis.plot(values, [y] * len(values), ".", color=plot.COLOURS["before"], markersize=5)
             axis.plot(mean, y, "o", color=plot.COLOURS["TVG"], markersize=7)
+            axis.plot(values, [y] * len(values), ".", color=plot.COLOURS["before"], markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel=f"difference to {experiment.against}", yticks=range(len(arms)), yticklabels=arms)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     plot.save(figure, path)
