@@ -286,7 +286,7 @@ def draw_confusions(arms: Iterable[str], rows: list[dict], world: str, path: Pat
 def write_report(output: Path, rows: list[dict], experiments: dict[str, Experiment], claims: list[Claim],
                  probabilities: dict[str, float], watched: list[str]) -> None:
     """RESULTS.md and its pictures. `probabilities` are the arms of Figure 5 with their p, `watched` those that were
-    evaluated while they trained."""
+    evaluated while they trained. What notes.md in `output` says, such as why some seeds are more, stands at the end."""
     parts = []
     for name, experiment in experiments.items():
         known = {world for each in experiments.values() for world in each.worlds} - set(experiment.worlds)
@@ -314,11 +314,12 @@ def write_report(output: Path, rows: list[dict], experiments: dict[str, Experime
     if cases := sorted(output.glob("cases_*.png")):
         parts += ["## Cases", "Of seed 0: the two queries that gained most by the inversion tasks, two in the middle, "
                   "the two that lost most; beneath each, what was said.", *(f"![cases]({path.name})" for path in cases)]
+    notes = [path.read_text(encoding="utf-8").strip() for path in [output / "notes.md"] if path.exists()]
     commits, machines = (", ".join(sorted({row[key] for row in rows})) for key in ("commit", "machine"))
     head = INTRODUCTION.format(
         runs=sum(row["steps"] > 0 for row in rows), starts=sum(row["steps"] == 0 for row in rows), commits=commits,
         seeds=len({row["seed"] for row in rows}), hours=f"{sum(row['seconds'] for row in rows) / 3600:.1f}",
         machines=machines)
     launch.write_whole(output / "RESULTS.md", "\n\n".join(
-        [head, "## The claims", claims_table(claims, rows), *parts, FAILED_WORLDS]) + "\n")
+        [head, "## The claims", claims_table(claims, rows), *parts, FAILED_WORLDS, *notes]) + "\n")
     launch.say(f"written: {output / 'RESULTS.md'}")

@@ -98,11 +98,13 @@ def test_report_has_every_table_and_picture(tmp_path):
                    "figure1": Experiment("Figure 1", "Which verbs?", ("start", "all"), "start", ("w",)),
                    "table9": Experiment("Table 9", "Not run", ("x", "y"), "x", ("w",))}
     claims = [Claim("Table 2", "all is better", ("all",), ("TVG",), ("w",), ("mIoU",))]
+    (tmp_path / "notes.md").write_text("## Why\n\nThree seeds, since two told nothing.\n")
     report.write_report(tmp_path, rows, experiments, claims, {"TVG": 1.0, "all": 0.8}, ["TVG", "all"])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| Table 2 | all is better | w | **holds** | all - TVG, mIoU +0.100 (+0.100 to +0.100) |" in text
     assert "6 runs of 3 seeds and 3 warm starts" in text and "Table 9" not in text
     assert "| all | 0.410 |" in text
+    assert text.endswith("\n\n## Why\n\nThree seeds, since two told nothing.\n")
     drawn = "figure5_w", "figure5_w_p", "figure6_w", "figure6_w_steps", "figure1_w", "figure1_w_verbs"
     named = {name for name in drawn if f"]({name}.png)" in text}
     assert len(named) == 6
