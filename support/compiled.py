@@ -58,11 +58,10 @@ class Static(Step):
 
     @staticmethod
     def parts(block: nn.Module, attention: nn.Module, mlp: nn.Module) -> Layer:
-        out, down = product(attention.o_proj), product(mlp.down_proj)
-        return Layer(norm(block.input_layernorm),
+        return Layer(lambda x: norm(block.input_layernorm, x),
                      lambda x: torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], 1),
-                     lambda x, y: x + out(y), norm(block.post_attention_layernorm),
-                     product(mlp.gate_proj), product(mlp.up_proj), mlp.act_fn, lambda x, y: x + down(y))
+                     lambda x, y: x + attention.o_proj(y), lambda x: norm(block.post_attention_layernorm, x),
+                     mlp.gate_proj, mlp.up_proj, mlp.act_fn, lambda x, y: x + mlp.down_proj(y))
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
@@ -115,16 +114,8 @@ def place(kept: dict[str, Tensor], name: str, shape: tuple[int, ...], like: Tens
     return found
 
 
-def norm(module: nn.Module) -> Callable:
-    weight, shape, eps = module.weight, tuple(module.weight.shape), module.variance_epsilon
-    return lambda x: torch.rms_norm(x, shape, weight, eps)
-
-
-def product(module: nn.Module) -> Callable:
-    if type(module) is not nn.Linear or module.bias is not None:
-        return module
-    weight = module.weight
-    return lambda x: nn.functional.linear(x, weight)
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.rms_norm(x, tuple(module.weight.shape), module.weight, module.variance_epsilon)
 
 
 def run(decoder: nn.Module, layers: list[Layer], token: Tensor, rotary: Tensor, prompts: list[Tensor],
@@ -139,7 +130,7 @@ def run(decoder: nn.Module, layers: list[Layer], token: Tensor, rotary: Tensor, 
             new = new.view(-1, rows, 2, key_heads, d).permute(2, 0, 3, 1, 4).reshape(2, all_pairs, 1, d)
             buffer.index_copy_(2, at, new)
         x = through(layer, x, rotary.unbind(1), heads, prompt[0].mT, prompt[1], buffer[0].mT, buffer[1], bias, write)
-    return norm(decoder.norm)(x)
+    return norm(decoder.norm, x)
 
 
 def compiled(graph: bool) -> Callable:
