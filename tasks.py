@@ -29,6 +29,7 @@ import rewards
 from data import OVERSHOOT, Sample
 from model import Encoder, Prompt
 from rewards import Reward
+from support import launch
 from support.video import VideoError, beyond
 
 
@@ -159,4 +160,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with launch.surviving_output():
+        sys.exit(main())

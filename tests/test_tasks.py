@@ -1,5 +1,7 @@
 """The draw, the masks, the prompts, and what each task sees."""
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -104,3 +106,10 @@ OBJ = Task("OBJ", "What moves? " + FORM.format("one noun"), "noun", objects)
     plot.curves(tmp_path / "run", tmp_path / "curves.png")
     assert [step["own"] for step in plot.read_metrics(tmp_path / "run")] == [row["noun"] for row in rows]
     assert tasks.main(["OBJ", "the circle spins", "<think>a</think> <answer>circle</answer>"]) == 0
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    """As with `python tasks.py | head -1`."""
+    run = subprocess.Popen([sys.executable, tasks.__file__], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 0
