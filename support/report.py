@@ -201,10 +201,11 @@ def draw_differences(experiment: Experiment, rows: list[dict], world: str, path:
             axis.plot(mean, y, "o", color=plot.COLOURS["TVG"], markersize=7)
             axis.plot(values, [y] * len(values), ".", color=plot.COLOURS["before"], markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=title, xlabel=f"difference to {experiment.against}", yticks=range(len(arms)), yticklabels=arms)
+        axis.set(title=title, yticks=range(len(arms)), yticklabels=arms)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.supxlabel(f"difference to {experiment.against}", fontsize="medium")
     plot.save(figure, path)
     return True
 
