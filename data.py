@@ -33,7 +33,7 @@ A segment that overshoots a known end of the video by at most 5 s is clipped to 
 its reason, never silently dropped; of what stands twice, the second. Evaluation still counts the queries among these,
 with IoU 0, since published scores do: TVGBench has 800, of which 11 have no length.
 
-A video is looked for in its folder and the subfolders (support/lookup.py). An annotation file may be anybody's: a path
+A video is looked for in its folder and the subfolders (engine/video_folder.py). An annotation file may be anybody's: a path
 that leaves the folder (absolute, or with ..) is rejected unless --allow_outside is given. Then the file it names is
 taken if there is one, else the bare name is looked for in the folder.
 
@@ -53,8 +53,8 @@ from pathlib import PurePosixPath
 
 from tqdm import tqdm
 
-from support.answers import read_text
-from support.lookup import bare, finder, leaves, stem
+from engine.files import read_text
+from engine.video_folder import bare, finder, leaves, stem
 
 OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
 NOISE = 0.02        # seconds; published durations are rounded: an overshoot this small is clipped but not counted
@@ -336,8 +336,8 @@ def main(argv: list[str] | None = None) -> int:
 def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """path -> what is wrong: the videos that are missing, those that cannot be decoded or do not hold their part, or a
     segment that is annotated in them."""
-    from support.loader import Loader  # here only: whoever reads samples needs neither decord nor torch
-    from support.video import VideoError, beyond
+    from engine.loader import Loader  # here only: whoever reads samples needs neither decord nor torch
+    from engine.video import VideoError, beyond
     missing, undecodable, load, segments = {}, {}, Loader(workers=workers), {}
     for sample in samples:
         segments.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)

@@ -12,7 +12,7 @@ that cannot be parsed and a video that cannot be read count with IoU 0, and are 
 segment is unusable, "rejected_as_0" (11 of TVGBench's 800 have no length), but not with --steps or --swap_queries.
 "..._95" is a 95 % interval; "intervals" says when videos are too few for it. Of a query with several windows
 (QVHighlights) each is a sample; best_window_... has one value a qid, that of its best window. right_event and
-same_answer tell whether answers follow the query: see support/scores.py. VC, AR and VD are judged by the rewards of
+same_answer tell whether answers follow the query: see engine/scores.py. VC, AR and VD are judged by the rewards of
 training (Eq. 5-7).
 
 Writes config.json, predictions.jsonl (a line a query and task, in the order of the annotations) and scores.json to
@@ -25,7 +25,7 @@ A line of a --predictions file tells the query and the answer, or an "error" (fa
     {"id": "AO8RW:1", "start": 0.4, "end": 6.5}     an id as data.py gives it, or "qid": 9769 of QVHighlights
     {"video": "AO8RW", "query": "a person is putting a book on a shelf.", "completion": "<answer>0.4 to 6.5</answer>"}
 A completion that the reward of training could not read may have other forms, such as "00:12 - 00:17", which
-support/answers.py lists; "lenient" counts the answers that needed it.
+engine/predictions.py lists; "lenient" counts the answers that needed it.
 """
 import json
 import os
@@ -47,13 +47,14 @@ import grpo
 import model
 import rewards
 import tasks
-from support import answers, checkpoint, compiled, launch, lora, scores, sharding, stream
-from support.best import Evaluations
-from support.decoding import queries_at_once
-from support.launch import flag
-from support.loader import Loader
-from support.logs import Logs
-from support.video import TOTAL_PIXELS, Clip, VideoError
+from engine import batches, checkpoint, distributed, files, flags, logs, lora, scores
+from engine.best import Evaluations
+from engine.flags import flag
+from engine.loader import Loader
+from engine.logs import Logs
+from engine.run import one_run
+from engine.video import TOTAL_PIXELS, Clip, VideoError
+from lab import predictions
 
 
 @dataclass
@@ -65,8 +66,7 @@ class Config:
     predictions: str = flag("", "JSON lines of answers to score, instead of a model's")
     tasks: list[str] = flag(list(tasks.TASKS), "what to evaluate")
     steps: int = flag(0, "batches a task, 0 for all")
-    batch_size: int = flag(0, "queries at once on a process, 0 for as many as a GPU has room for; on a CPU 16")
-    compile: bool = flag(False, "sample through torch.compile: less time a token, after minutes of compiling a shape")
+    batch_size: int = flag(16, "queries at once on a process; lab/plan.py says how many a GPU has room for")
     temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
     seed: int = flag(0, "of the sampling, when temperature is above 0")
     think: bool = flag(True, "as in training: false asks for the answer alone")
@@ -75,7 +75,7 @@ class Config:
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     blind: bool = flag(False, "show grey frames instead of the video")
     swap_queries: bool = flag(False, "ask each video for another of its events, and score against the first one's "
@@ -87,7 +87,7 @@ class Config:
             self.max_tokens = tasks.LONGEST[self.think]
 
 
-@launch.one_run
+@one_run
 def main(config: Config) -> dict[str, float | list[float] | str]:
     """Evaluate and return the scores, which are also in scores.json."""
     check_flags(config)
@@ -105,43 +105,43 @@ def main(config: Config) -> dict[str, float | list[float] | str]:
     if config.predictions:
         del found["unreadable"]         # which is there "missing" and "failed"
     if config.output and os.environ.get("RANK", "0") == "0":
-        launch.write_config(config, config.output)
-        launch.write_whole(Path(config.output) / "scores.json", json.dumps(found, indent=2) + "\n")
+        files.write_config(config, config.output)
+        files.write_whole(Path(config.output) / "scores.json", json.dumps(found, indent=2) + "\n")
     return found
 
 
 def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     """The rows of all tasks, in the order of the annotations, from all processes; also in predictions.jsonl."""
-    rank, world, device = launch.start_process()
+    rank, world, device = distributed.start_process()
     output, (work, chosen) = Path(config.output), plan_batches(config, samples, device)
     key = lambda row: (row["task"], row["id"])
-    done = launch.gather([earlier_rows(config)] if rank == 0 else [])[0]    # the first process reads for all
+    done = distributed.gather([earlier_rows(config)] if rank == 0 else [])[0]    # the first process reads for all
     rows, new = {key(row): row for row in done}, []
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
     todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                     strict=True, compile=config.compile)
-        load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers,
+                                     strict=True)
+        load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers,
                       total_pixels=config.total_pixels)
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
-            launch.write_whole(output / "inputs.json", json.dumps(input_files(config)) + "\n")
-            launch.write_config(config, output)
-        launch.gather([rank])                               # nobody writes an answer before its config is written
+            files.write_whole(output / "inputs.json", json.dumps(input_files(config)) + "\n")
+            files.write_config(config, output)
+        distributed.gather([rank])                               # nobody writes an answer before its config is written
         mine, make = todo[rank::world], partial(encode_batch, config, encoder, load)
         unfinished = output / f"predictions.rank{rank}.jsonl"
-        with stream.prefetched(make, mine, load) as batches, open(unfinished, "a") as part:
-            for batch, prompts in tqdm(batches, "evaluate", total=len(mine), disable=rank > 0, dynamic_ncols=True):
+        with batches.prefetched(make, mine, load) as upcoming, open(unfinished, "a") as part:
+            for batch, prompts in tqdm(upcoming, "evaluate", total=len(mine), disable=rank > 0, dynamic_ncols=True):
                 answered = answer_batch(config, policy, encoder, batch, prompts)
                 part.write("\n" + "".join(json.dumps(row) + "\n" for row in answered))    # ends a torn line before it
                 part.flush()
                 new += answered
-    rows.update((key(row), row) for row in launch.gather(new))
+    rows.update((key(row), row) for row in distributed.gather(new))
     rows = [rows[name] for name in chosen]
     if rank == 0:
-        launch.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_whole(output / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for part in output.glob("predictions.rank*.jsonl"):
             part.unlink()
     return rows
@@ -151,15 +151,15 @@ def predict_with(config: Config, policy: model.Policy, encoder: model.Encoder, l
                  samples: list[data.Sample]) -> list[dict]:
     """The rows that `predict` gives, of a model in training, inside of sharding.gathered; no file is written. Batches,
     and with them the answers, are the same for any number of processes."""
-    rank, world, _ = launch.start_process()
+    rank, world, _ = distributed.start_process()
     work, chosen = plan_batches(config, samples, "cpu")     # a GPU's memory is for training
     nothing = encoder.encode("", Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0))
     grpo.rollout(policy, [nothing], 1, 1, encoder.stop_ids)     # gathers the weights, also where there is no work
     rows = []
-    with stream.prefetched(partial(encode_batch, config, encoder, load), work[rank::world], None) as batches:
-        for batch, prompts in batches:
+    with batches.prefetched(partial(encode_batch, config, encoder, load), work[rank::world], None) as upcoming:
+        for batch, prompts in upcoming:
             rows += answer_batch(config, policy, encoder, batch, prompts)
-    found = {(row["task"], row["id"]): row for row in launch.gather(rows)}
+    found = {(row["task"], row["id"]): row for row in distributed.gather(rows)}
     return [found[name] for name in chosen]
 
 
@@ -175,8 +175,8 @@ def read_held_out(config: Any) -> list[data.Sample]:
         raise ValueError(str(error).replace("--annotations", "--eval_annotations")
                          .replace("--videos", "--eval_videos")) from error
     chosen = sorted(np.random.default_rng(0).permutation(len(samples))[:config.eval_samples])
-    if launch.start_process()[0] == 0:
-        launch.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
+    if distributed.start_process()[0] == 0:
+        logs.say(f"held out: {len(chosen)} of the {len(samples)} samples of {config.eval_annotations}, "
                    f"{len(rejected)} rejected")
     return [samples[i] for i in chosen]
 
@@ -184,7 +184,7 @@ def read_held_out(config: Any) -> list[data.Sample]:
 def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
                    encoder: model.Encoder, load: Loader) -> Callable[[Logs], None]:
     """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
-    logs the scores and keeps the best model; see support/best.py. It draws nothing and leaves the policy as it is."""
+    logs the scores and keeps the best model; see engine/best.py. It draws nothing and leaves the policy as it is."""
     if not samples:
         return lambda _: None
     settings = Config(config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
@@ -193,7 +193,7 @@ def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample],
     def evaluate_if_due(log: Logs) -> None:
         if evaluations.due(run.step):
             began = time.perf_counter()
-            with sharding.gathered(policy):
+            with distributed.gathered(policy):
                 rows = predict_with(settings, policy, encoder, load, samples)
             row = {"step": run.step, **summarise(rows), "seconds": time.perf_counter() - began}
             evaluations.add(row, partial(model.save, policy, encoder))
@@ -213,8 +213,7 @@ def plan_batches(config: Config, samples: list[data.Sample],
                  device: str) -> tuple[list[Batch], list[tuple[str, str]]]:
     """What to answer: batches of all tasks, and (task, id) of every answer, in the order of the annotations."""
     work, chosen = [], []
-    size = config.batch_size or queries_at_once(config.model, config.max_tokens, config.total_pixels,
-                                                config.compile, device)
+    size = config.batch_size
     for task in (tasks.in_form(tasks.TASKS[name], config.think) for name in config.tasks):
         pool = list(enumerate(tasks.usable(samples, task)))[:config.steps * size or None]
         chosen += [(task.name, sample.id) for _, sample in pool]
@@ -243,9 +242,8 @@ def check_flags(config: Config) -> None:
         raise ValueError("--swap_queries asks a --model about whole videos: give --tasks TVG with it")
     if not config.tasks or set(config.tasks) - set(tasks.TASKS) or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
-    launch.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_limit", "workers")
+    flags.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_timeout", "workers")
     if config.model:
-        compiled.check(config.compile)
         model.check_folder(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
@@ -268,7 +266,7 @@ def earlier_rows(config: Config) -> list[dict]:
     if not all((output / name).exists() for name in ("config.json", "inputs.json")):
         return []
     if json.loads((output / "inputs.json").read_text()) != input_files(config):
-        launch.say(f"{output}: the model or the annotations have changed, so its answers are thrown away")
+        logs.say(f"{output}: the model or the annotations have changed, so its answers are thrown away")
         return []
     for path in sorted(output.glob("predictions*.jsonl")):
         for line in path.read_text(errors="replace").split("\n"):
@@ -326,7 +324,7 @@ def answer_batch(config: Config, policy: model.Policy, encoder: model.Encoder, b
 
 def score_predictions(path: str, samples: list[data.Sample], lost: list[data.Sample]) -> tuple[list[dict], dict]:
     """(rows of the samples, counts) of a file of anybody's TVG answers; `lost` are queries that may be in it, too."""
-    found, counts = answers.match(answers.read(path, rewards.segment), samples + lost)
+    found, counts = predictions.match(predictions.read(path, rewards.segment), samples + lost)
     rows = []
     for sample in samples:
         row, truth = found.get(sample.id, {"start": None, "end": None, "error": "missing"}), (sample.start, sample.end)
@@ -396,4 +394,4 @@ def summarise(rows: list[dict], lost: list[data.Sample] = (), qids: dict[str, st
 
 if __name__ == "__main__":
     say = print if os.environ.get("RANK", "0") == "0" else str      # under torchrun one process prints
-    launch.command_line(Config, lambda config: say(json.dumps(main(config))), __doc__)
+    flags.command_line(Config, lambda config: say(json.dumps(main(config))), __doc__)

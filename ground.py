@@ -23,10 +23,10 @@ import model
 import rewards
 import tasks
 from data import Sample
-from support import compiled, launch, plot
-from support.launch import flag
-from support.loader import Loader
-from support.video import TOTAL_PIXELS, Clip
+from engine import distributed, files, flags, plot
+from engine.flags import flag
+from engine.loader import Loader
+from engine.video import TOTAL_PIXELS, Clip
 
 
 @dataclass
@@ -37,11 +37,10 @@ class Config:
     png: str = flag("", "picture to write: frames and answers on one time axis")
     json: bool = flag(False, "print a JSON object a query")
     batch_size: int = flag(16, "queries at once")
-    compile: bool = flag(False, "sample through torch.compile: less time a token, after minutes of compiling")
     think: bool = flag(True, "as in training: false asks for the answer alone")
     max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
-    video_limit: float = flag(60.0, "seconds that decoding the video may stand still")
+    video_timeout: float = flag(60.0, "seconds that decoding the video may stand still")
 
     def __post_init__(self) -> None:
         if self.max_tokens is None:
@@ -53,19 +52,18 @@ def main(config: Config) -> list[dict]:
     queries = [" ".join(query.split()) for query in config.queries]
     if not all(queries):
         raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to look for")
-    launch.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "video_limit")
+    flags.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "video_timeout")
     if config.png:
-        launch.check_output(Path(config.png).parent, "--png")
+        files.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
-    compiled.check(config.compile)
     model.check_folder(config.model)
-    load = Loader(config.video_limit, total_pixels=config.total_pixels)
+    load = Loader(config.video_timeout, total_pixels=config.total_pixels)
     clip = load(config.video)
     load.close()
-    _, _, device = launch.start_process()
+    _, _, device = distributed.start_process()
     policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                 strict=True, compile=config.compile)
+                                 strict=True)
     texts = []
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
@@ -115,18 +113,18 @@ def draw(clip: Clip, answers: list[dict], out_png: str) -> None:
     plot.save(figure, out_png)
 
 
-def flags(words: list[str]) -> list[str]:
+def positional(words: list[str]) -> list[str]:
     """VIDEO and the queries, wherever they stand among the flags, as the --video and --queries of Config."""
     if "--video" in words:
         return words
     plain, rest, words = [], [], iter(words)
     for word in words:
         (rest if word.startswith("-") else plain).append(word)
-        if word.startswith("--") and "=" not in word and word not in ("--json", "--compile", "--help"):
+        if word.startswith("--") and "=" not in word and word not in ("--json", "--help"):
             rest += islice(words, 1)                                # its value
     return rest + ["--video"] * bool(plain) + plain[:1] + ["--queries"] * bool(plain[1:]) + plain[1:]
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = flags(sys.argv[1:])
-    launch.command_line(Config, main, __doc__)
+    sys.argv[1:] = positional(sys.argv[1:])
+    flags.command_line(Config, main, __doc__)

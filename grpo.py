@@ -6,7 +6,7 @@ appears:
 - `rollout` runs the prompts once, then samples B * G rows in one loop; the G rows of a prompt share its keys and
   values, and rows that have stopped are dropped;
 - `logprobs` scores one packed sequence of all prompts and all their completions, without padding. Each completion sees
-  its prompt and itself (support/attention.py), and its positions continue from the prompt's end, so every token gets
+  its prompt and itself (engine/attention.py), and its positions continue from the prompt's end, so every token gets
   the same log-probability and gradient as in a sequence of its own.
 
 Choices the paper leaves open, or departures from it:
@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from engine.attention import Packed
+from engine.sampling import draw_token, rows_to_keep
 from model import Policy, Prompt, pack, see
-from support.attention import Packed
-from support.decoding import draw_token, rows_to_keep
 
 
 def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tensor, "*B G"]:

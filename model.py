@@ -7,7 +7,7 @@ that this project computes itself:
   floor(t * seconds_per_grid * tokens_per_second), on the others at its row and column; text after the video
   starts at the largest position in the video + 1. transformers >= 5.3 places that text elsewhere, so its own
   positions are never used.
-- layout: which tokens see which. support/attention.py packs the G completions of one prompt into one sequence with it.
+- layout: which tokens see which. engine/attention.py packs the G completions of one prompt into one sequence with it.
 
 Departures from transformers: patches are cut here (20 lines) because the library's video processor needs torchvision
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
@@ -33,14 +33,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-from support import attention, lora
-from support.attention import Decoding, Packed
-from support.compiled import Static
-from support.folders import ModelError, brief, check_config
-from support.hub import local_folder
-from support.incremental import Step
-from support.lora import check_folder
-from support.video import Clip
+from engine import attention, lora
+from engine.attention import Decoding, Packed
+from engine.hub import local_folder
+from engine.lora import check_folder
+from engine.model_folder import ModelError, brief, check_config
+from engine.sampling import Step
+from engine.video import Clip
 
 __all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder", "cut_patches", "load", "pack",
            "place", "save", "see"]
@@ -170,7 +169,6 @@ class Policy(nn.Module):
     """
     FORWARDS = ("watch", "logits", "logprobs")
     strict = False
-    compiled = False    # sampling runs through torch.compile
 
     def __init__(self, qwen: Qwen2_5_VLForConditionalGeneration, forbidden: list[int]):
         super().__init__()
@@ -215,8 +213,8 @@ class Policy(nn.Module):
         return self.check(self.head(self.hidden(*tokens, **videos), temperature))
 
     def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"], most: int) -> Step:
-        """What samples behind prompts that a pass kept in `packed`; the arguments are those of support.incremental."""
-        return (Static if self.compiled else Step)(self.qwen.model.language_model, packed, rows, start, most)
+        """What samples behind prompts that a pass kept in `packed`; the arguments are those of engine.sampling."""
+        return Step(self.qwen.model.language_model, packed, rows, start, most)
 
     def next_logits(self, step: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
         """Logits behind one new token a row. Weights stay gathered since the prompts' pass: see sharding.gathered."""
@@ -272,10 +270,10 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, strict: bool = False,
-         lora_rank: int = 0, seed: int = 0, compile: bool = False) -> tuple[Policy, Encoder]:
+         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
     """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
     hub, or from a folder of adapters, whose model is loaded with them. `strict`: see Policy; `lora_rank`: of adapters
-    that learn, see support/lora.py; `compile`: sample through torch.compile, see support/compiled.py.
+    that learn, see engine/lora.py; `compile`: sample through torch.compile, see engine/compiled.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
@@ -305,7 +303,7 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, s
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     lora.attach(qwen, adapters, lora_rank, seed)
     policy = Policy(qwen.to(device), forbidden)
-    policy.strict, policy.compiled = strict, compile
+    policy.strict = strict
     for weight in qwen.parameters():
         if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
             weight.data = weight.data.clone()

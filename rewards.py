@@ -208,7 +208,7 @@ def format_reward(completion: str, timed: bool) -> float:
 def segment(completion: str) -> tuple[float, float] | None:
     """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if it has not exactly one;
     None if there is none. Not read: numbers with a sign, an exponent, a colon or a decimal comma, and those of another
-    unit. support/answers.py reads more, for answers that others' models gave."""
+    unit. engine/predictions.py reads more, for answers that others' models gave."""
     text = answer_block(completion)
     text, found = completion if text is None else text, None
     for span in SPAN.finditer(text):

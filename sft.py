@@ -27,10 +27,11 @@ import data
 import grpo
 import model
 import tasks
-from support import checkpoint, launch, lora, sharding, stream
-from support.launch import flag
-from support.loader import Loader
-from support.video import TOTAL_PIXELS
+from engine import batches, checkpoint, distributed, files, flags, logs, lora
+from engine.flags import flag
+from engine.loader import Loader
+from engine.run import one_run, stop_signals
+from engine.video import TOTAL_PIXELS
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Config:
     steps: int = flag(1000, "optimizer steps; the paper does not say")
     seed: int = flag(0, "all randomness follows from it")
     batch_size: int = flag(32, "completions a step, over all processes")
-    per_pass: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
+    micro_batch_size: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout), "
@@ -56,7 +57,7 @@ class Config:
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                  "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
@@ -97,12 +98,12 @@ def answer_only(each: Demonstration) -> Demonstration:
     return replace(each, task=tasks.in_form(each.task, think=False), completion=completion)
 
 
-@launch.one_run
+@one_run
 def main(config: Config) -> None:
-    rank, world, device = launch.start_process()
+    rank, world, device = distributed.start_process()
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    launch.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_limit",
+    flags.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_timeout",
                          "workers", "keep", "max_bad_steps")
     model.check_folder(config.model)
     lora.check_flags(config)
@@ -116,42 +117,42 @@ def main(config: Config) -> None:
                          "give demonstrations of TVG, or other annotations")
     half = torch.bfloat16 if config.lora_rank and device != "cpu" else torch.float32     # of what is never updated
     policy, encoder = model.load(config.model, dtype=half, lora_rank=config.lora_rank, seed=config.seed)
-    policy = sharding.shard(policy)
+    policy = distributed.shard(policy)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
+    load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
         if steps:
-            launch.write_config(config, run.output)
-        checkpoint.rewind(run.output / "metrics.jsonl", run.step)
-        launch.say(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
+            files.write_config(config, run.output)
+        logs.rewind(run.output / "metrics.jsonl", run.step)
+        logs.say(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
                    f"{len(data.missing(samples))} videos missing")
         for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            launch.say(note)
+            logs.say(note)
 
     def tokenize(each: Demonstration) -> tuple[model.Prompt, torch.Tensor]:
         target = encoder.tokenizer(each.completion + model.STOP_TOKENS[0])["input_ids"]
         return tasks.prepare(each.sample, each.task, encoder, load), torch.tensor(target)
 
-    def draw_batch(step: int) -> list[stream.Picked]:
+    def draw_batch(step: int) -> list[batches.Picked]:
         share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        return stream.pick_all(demonstrations, share, config.seed, tokenize, config.workers)
+        return batches.pick_all(demonstrations, share, config.seed, tokenize, config.workers)
 
-    with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
+    with stop_signals() as stop, batches.prefetched(draw_batch, steps, load) as upcoming:
         began = time.perf_counter()
-        for step, batch in (bar := tqdm(batches, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
+        for step, batch in (bar := tqdm(upcoming, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
                                         dynamic_ncols=True)):
-            bad = launch.gather([str(error) for picked in batch for error in picked.errors])
+            bad = distributed.gather([str(error) for picked in batch for error in picked.errors])
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
             numbers = run.count(step, take_step(config, policy, optimizer, [picked.made for picked in batch], world))
             if rank == 0:
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}")
                 for error in bad:
-                    launch.say(f"replaced by another sample: {error}")
-                launch.append(run.output / "metrics.jsonl", [{
+                    logs.say(f"replaced by another sample: {error}")
+                files.append(run.output / "metrics.jsonl", [{
                     "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - began}])
             if run.finish(step, policy, optimizer, stop):
@@ -163,8 +164,8 @@ def main(config: Config) -> None:
 def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optimizer,
               batch: list[tuple[model.Prompt, torch.Tensor]], world: int) -> dict[str, float]:
     """One AdamW step on (prompt, target tokens) of all processes; left out when loss or gradient is not finite."""
-    total = sum(launch.gather([sum(len(target) for _, target in batch)]))       # tokens, over all processes
-    size, mean = config.per_pass or len(batch), 0.0
+    total = sum(distributed.gather([sum(len(target) for _, target in batch)]))       # tokens, over all processes
+    size, mean = config.micro_batch_size or len(batch), 0.0
     for some in (batch[i:i + size] for i in range(0, len(batch), size)):
         prompts, targets = zip(*some)
         completions = pad_sequence(targets, batch_first=True)[:, None]                                      # (B, 1, C)
@@ -173,12 +174,12 @@ def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optim
         (loss * world).backward()       # FSDP averages, the loss wants the sum
         mean += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    numbers = {"loss": sum(launch.gather([mean])), "grad_norm": launch.full_norm(norm)}
-    if not launch.not_finite(numbers):
+    numbers = {"loss": sum(distributed.gather([mean])), "grad_norm": distributed.full_norm(norm)}
+    if not files.not_finite(numbers):
         optimizer.step()
     optimizer.zero_grad()
     return numbers
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, main, __doc__)
+    flags.command_line(Config, main, __doc__)

@@ -27,10 +27,10 @@ import numpy as np
 
 import rewards
 from data import OVERSHOOT, Sample
+from engine import logs
+from engine.video import VideoError, beyond
 from model import Encoder, Prompt
 from rewards import Reward
-from support import launch
-from support.video import VideoError, beyond
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ TASKS = {task.name: task for task in (
 INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
-def in_form(task: Task, think: bool, cosine: bool = False, vd_verbs: int = 0) -> Task:
+def in_form(task: Task, think: bool, cosine: bool = False, vd_max_verbs: int = 0) -> Task:
     """The task as it is, or answer-only: its prompt asks for <answer>...</answer>, and format pays that and no more.
-    `cosine`: an inversion task pays similarity (Table 3). `vd_verbs`: VD pays nothing for more verbs than that."""
+    `cosine`: an inversion task pays similarity (Table 3). `vd_max_verbs`: VD pays nothing for more verbs than that."""
     options = {"by_cosine": True} if cosine and task.inversion else {}
-    options |= {"limit": vd_verbs} if vd_verbs and task.name == "VD" else {}
+    options |= {"limit": vd_max_verbs} if vd_max_verbs and task.name == "VD" else {}
     task = replace(task, reward=partial(task.reward, **options)) if options else task
     if think:
         return task
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("query")
     parser.add_argument("completion", help="the whole text of the model, tags included")
     parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
-    parser.add_argument("--cosine", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
+    parser.add_argument("--cosine_rewards", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
     args = parser.parse_args(argv)
     task, (start, end) = TASKS.get(args.task), args.segment or (0.0, math.inf)
     wrong = None
@@ -160,5 +160,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with launch.surviving_output():
+    with logs.surviving_output():
         sys.exit(main())

@@ -359,7 +359,7 @@ def test_parsing_takes_linear_time_on_adversarial_text(piece):
      {"format": 1, "ar": 1, "total": 2}),
     (["TVG", "a person laughs", said("2 to 8"), "--segment", "2", "5"], {"format": 1, "iou": 0.5, "total": 1.5}),
     (["VC", "Person closed the door", said("Person [opens] it")], {"format": 1, "vc": 0, "total": 1}),
-    (["VD", "a person jumps", said("jumping"), "--cosine"], {"format": 1, "vd": 1, "total": 2}),
+    (["VD", "a person jumps", said("jumping"), "--cosine_rewards"], {"format": 1, "vd": 1, "total": 2}),
 ])
 def test_command_line_prints_one_json_line(argv, expected, capsys):
     assert main(argv) == 0

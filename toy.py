@@ -32,8 +32,9 @@ import rewards
 import sft
 import tasks
 import train
-from support import checkpoint, launch, lora, plot, scores, video
-from support.launch import flag
+from engine import checkpoint, files, flags, lora, plot, scores, video
+from engine.flags import flag
+from engine.run import occupied, one_run
 
 SIZE, FPS = 28, 4                       # pixels, frames a second
 SECONDS = 12                            # of every video; see `write_model`
@@ -172,7 +173,7 @@ def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 texts[f"{kind}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
         for name, text in texts.items():
             if not (folder / name).exists():
-                launch.write_whole(folder / name, text)
+                files.write_whole(folder / name, text)
     return stories
 
 
@@ -244,24 +245,24 @@ class Config:
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
 
-@launch.one_run
+@one_run
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
-    launch.check_numbers(config, "learning_rate", "prompts_per_step", "warm_steps")
+    flags.check_numbers(config, "learning_rate", "prompts_per_step", "warm_steps")
     lora.check_rank(config.lora_rank)
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
     if config.warm_start:
         model.check_folder(config.warm_start)
     world, small = Path(config.output), 0 < config.steps < 20
-    if launch.occupied(world):
+    if occupied(world):
         if not config.resume:
             raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another "
                              "folder")
         before = checkpoint.read_config(world / "config.json")
         for name in checkpoint.compare_configs(vars(config), before, {"output", "resume"}):
             raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
-    launch.write_config(config, world)
+    files.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)
     stories = write_world(world, config.seed, 60 if small else 1000, 20 if small else 300, config.weakness)
     common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"), cache=str(world / "cache"),
@@ -279,7 +280,7 @@ def main(config: Config) -> dict[str, dict]:
         shown = world / "demonstrations.jsonl"
         if not config.invert_sft:
             rows = [row for row in shown.read_text().splitlines() if json.loads(row)["task"] == "TVG"]
-            launch.write_whole(shown := world / "tvg.jsonl", "\n".join(rows) + "\n")
+            files.write_whole(shown := world / "tvg.jsonl", "\n".join(rows) + "\n")
         if not source.exists():
             sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
                                 steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
@@ -296,7 +297,7 @@ def main(config: Config) -> dict[str, dict]:
                                               max_tokens=longest, **flags, **common))
         answers = read_answers(world / name)
         told = [{"id": i, "video": row["video"], **narrated([row], stories)} for i, row in answers.items()]
-        launch.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
+        files.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
         return {**found, **narrated(list(answers.values()), stories)}
 
     fixed = evaluate.main(evaluate.Config(annotations=common["annotations"], fixed_answer=str(world / "train.txt")))
@@ -326,7 +327,7 @@ def main(config: Config) -> dict[str, dict]:
           scores.difference(list(before.values()), list(after.values())))
     plot.curves(world / "grpo", world / "curves.png")
     draw_examples(world, before, after)
-    launch.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
+    files.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
     print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}, {world / 'method.png'}")
     return rows
 
@@ -387,4 +388,4 @@ def draw_examples(world: Path, before: dict[str, dict], after: dict[str, dict]) 
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, main, __doc__)
+    flags.command_line(Config, main, __doc__)

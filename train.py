@@ -16,7 +16,7 @@ With --resume the same command continues a run that was killed, and one that has
 `--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.
 
 Departures from the paper: the default learning rate (see Config), no step on a batch whose groups are all flat (see
-main), and those that grpo.py, tasks.py, rewards.py and support/video.py list.
+main), and those that grpo.py, tasks.py, rewards.py and engine/video.py list.
 """
 import sys
 import time
@@ -34,11 +34,12 @@ import evaluate
 import grpo
 import model
 import tasks
-from support import checkpoint, compiled, launch, lora, sharding, stream
-from support.launch import flag
-from support.loader import Loader
-from support.logs import Logs, check_board
-from support.video import TOTAL_PIXELS
+from engine import batches, checkpoint, distributed, files, flags, logs, lora
+from engine.flags import flag
+from engine.loader import Loader
+from engine.logs import Logs, check_board
+from engine.run import one_run, stop_signals
+from engine.video import TOTAL_PIXELS
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Config:
     tasks: list[str] = flag(list(tasks.INVERSIONS), "inversion tasks to draw from; the paper's three")
     group_size: int = flag(8, "G, completions a prompt; the paper does not say, the authors' code has 8")
     prompts_per_step: int = flag(4, "prompts in the global batch, a multiple of the processes; the paper's batch size")
-    prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a process, 0 for all; lower it when memory "
+    micro_batch_size: int = flag(0, "prompts sampled and scored at once on a process, 0 for all; lower it when memory "
                                     "runs out, the result is the same")
     beta: float = flag(0.04, "weight of the KL term; the paper does not say, the authors' code has 0.04. 0 needs no "
                              "reference model")
@@ -61,32 +62,30 @@ class Config:
                                       "fine-tuning with reinforcement learning usually takes")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, while Adam's averages are noisy; 0: none")
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
-    loss: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; bnpo: over all tokens of "
+    loss_type: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; bnpo: over all tokens of "
                              "the batch, as in the authors' trainer; dr_grpo: sum over tokens / --max_tokens, mean")
     scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: they are not")
-    updates: int = flag(1, "AdamW steps a rollout; the paper's ratio and the clipping count from the second on")
-    clip: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no more; PPO's usual value")
+    num_iterations: int = flag(1, "AdamW steps a rollout; the paper's ratio and the clipping count from the second on")
+    epsilon: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no more; PPO's usual value")
     freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once a video and step")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout, "
                              "--freeze_vision implied), for a fraction of the memory; such as 16, with a "
                              "--learning_rate ten times as large or more. 0: train all weights")
     merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
-    checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
+    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
-    compile: bool = flag(False, "sample through torch.compile, on a GPU as recorded graphs: less time a token, after "
-                                "minutes of compiling for each shape; same result but for rounding")
     think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and format pays, the answer alone")
     max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
-    vd_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
+    vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
                             "written, by which a list of 50 verbs earns 0.96 on Charades-STA")
-    cosine: bool = flag(False, "pay an inversion task the similarity of its verbs in place of 0 or 1 (Table 3)")
+    cosine_rewards: bool = flag(False, "pay an inversion task the similarity of its verbs in place of 0 or 1 (Table 3)")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
     total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
     workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
     cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
     cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_limit: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is scored meanwhile; "
                                      "training is the same to the bit. Empty: none")
     eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and after the last")
@@ -107,12 +106,12 @@ class Config:
 
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    launch.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
-                         "cache_gb", "video_limit", "workers", "keep", "max_bad_steps", "updates", "clip",
+    flags.check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "max_grad_norm", "total_pixels",
+                         "cache_gb", "video_timeout", "workers", "keep", "max_bad_steps", "num_iterations", "epsilon",
                          "eval_samples")
     if config.eval_every and not config.eval_annotations:
         raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of held-out queries, too")
-    for name, known in (("loss", ("grpo", "bnpo", "dr_grpo")), ("scale_rewards", ("std", "none"))):
+    for name, known in (("loss_type", ("grpo", "bnpo", "dr_grpo")), ("scale_rewards", ("std", "none"))):
         if getattr(config, name) not in known:
             raise ValueError(f"--{name} {getattr(config, name)}: choose from {', '.join(known)}")
     unknown = sorted(set(config.tasks) - set(tasks.INVERSIONS))
@@ -124,14 +123,13 @@ def check_flags(config: Config, world: int) -> None:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
     if config.tensorboard:
         check_board()
-    compiled.check(config.compile)
     model.check_folder(config.model)
     lora.check_flags(config)
 
 
-@launch.one_run
+@one_run
 def main(config: Config) -> None:
-    rank, world, device = launch.start_process()
+    rank, world, device = distributed.start_process()
     check_flags(config, world)
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
@@ -145,27 +143,27 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = Loader(config.video_limit, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
+    load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
         if steps:
-            launch.write_config(config, run.output)
+            files.write_config(config, run.output)
         announce(run, samples, rejected, pools, f"{world} process(es) on {device}")
 
-    def draw_batch(step: int) -> tuple[tasks.Task, list[stream.Picked]]:
+    def draw_batch(step: int) -> tuple[tasks.Task, list[batches.Picked]]:
         """The step's task, and this process's share of its prompts: every world-th."""
         task = tasks.draw(step, config.seed, config.tvg_prob, config.tasks)     # Eq. 13
-        task = tasks.in_form(task, config.think, config.cosine, config.vd_verbs)
+        task = tasks.in_form(task, config.think, config.cosine_rewards, config.vd_max_verbs)
         share = range(step * config.prompts_per_step + rank, (step + 1) * config.prompts_per_step, world)
         make = partial(tasks.prepare, task=task, encoder=encoder, load=load)
-        return task, stream.pick_all(pools[task.name], share, config.seed, make, config.workers)
+        return task, batches.pick_all(pools[task.name], share, config.seed, make, config.workers)
 
-    with launch.stop_signals() as stop, stream.prefetched(draw_batch, steps, load) as batches:
+    with stop_signals() as stop, batches.prefetched(draw_batch, steps, load) as upcoming:
         evaluate_if_due = evaluate.while_training(config, run, held_out, policy, encoder, load)
         log = Logs(run.output, rank, config.group_size, run.step, config.tensorboard)
         evaluate_if_due(log)
         began = time.perf_counter()
-        for step, (task, batch) in tqdm(batches, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
+        for step, (task, batch) in tqdm(upcoming, "GRPO", initial=run.step, total=config.steps, disable=rank > 0,
                                         dynamic_ncols=True):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1, (step + 1) / (config.warmup_steps + 1))
@@ -188,10 +186,10 @@ def announce(run: checkpoint.Run, samples: list[data.Sample], rejected: list[dat
              pools: dict[str, list[data.Sample]], where: str) -> None:
     """Say what there is to train on, what not, and what a resumed run has to say."""
     silent = len(samples) - min(map(len, pools.values()))
-    launch.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
+    logs.say(f"{len(samples)} samples, {len(rejected)} rejected{f', {silent} without a verb' if silent else ''}, "
                f"{len(data.missing(samples))} videos missing; {where}")
     for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-        launch.say(note)
+        logs.say(note)
 
 
 def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
@@ -199,14 +197,14 @@ def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy
     reference, half = None, torch.float32 if device == "cpu" else torch.bfloat16        # of what is never updated
     if config.beta > 0 and not config.lora_rank:
         # loaded on its own and first, so that a process never holds two whole models
-        reference = sharding.shard(model.load(config.model, dtype=half)[0].requires_grad_(False))
+        reference = distributed.shard(model.load(config.model, dtype=half)[0].requires_grad_(False))
     policy, encoder = model.load(config.model, dtype=half if config.lora_rank else torch.float32,
-                                 lora_rank=config.lora_rank, seed=config.seed, compile=config.compile)
+                                 lora_rank=config.lora_rank, seed=config.seed)
     if config.freeze_vision:
         policy.qwen.model.visual.requires_grad_(False)
-    if config.checkpoint_activations:
-        sharding.checkpoint_activations(policy)
-    policy = sharding.shard(policy)
+    if config.gradient_checkpointing:
+        distributed.gradient_checkpointing(policy)
+    policy = distributed.shard(policy)
     return policy, policy if config.lora_rank and config.beta > 0 else reference, encoder
 
 
@@ -219,14 +217,14 @@ class Pass:
 
 
 def sample_groups(config: Config, policy: model.Policy, encoder: model.Encoder, task: tasks.Task,
-                  batch: list[stream.Picked]) -> tuple[list[Pass], list[dict]]:
+                  batch: list[batches.Picked]) -> tuple[list[Pass], list[dict]]:
     """Sample and reward G completions of each prompt of `batch`.
 
     Returns what to train on, and a row for each completion of all processes, in the order of the global batch.
     """
-    size = config.prompts_per_pass or len(batch)
+    size = config.micro_batch_size or len(batch)
     passes, rows = [], []
-    with sharding.gathered(policy):
+    with distributed.gathered(policy):
         for some in (batch[i:i + size] for i in range(0, len(batch), size)):
             prompts = [picked.made for picked in some]
             if config.freeze_vision or config.lora_rank:
@@ -242,10 +240,10 @@ def sample_groups(config: Config, policy: model.Policy, encoder: model.Encoder, 
             advantage = grpo.advantages(totals, config.scale_rewards == "std")                              # Eq. 3
             passes.append(Pass(prompts, rollouts, advantage.to(rollouts.mask.device)))
             rows += describe(some, rollouts, texts, rewards, advantage, encoder.stop_ids)
-    return passes, sorted(launch.gather(rows), key=lambda row: row["index"])
+    return passes, sorted(distributed.gather(rows), key=lambda row: row["index"])
 
 
-def describe(some: list[stream.Picked], rollouts: grpo.Rollouts, texts: list[str], rewards: list,
+def describe(some: list[batches.Picked], rollouts: grpo.Rollouts, texts: list[str], rewards: list,
              advantage: Float[Tensor, "B G"], stop_ids: list[int]) -> list[dict]:
     """A row for each of the B * G completions of a pass: what it was, and what it earned."""
     lengths = rollouts.mask.sum(-1)                                                                         # (B, G)
@@ -273,30 +271,30 @@ def summarise(task: tasks.Task, rows: list[dict], group_size: int) -> dict[str, 
 
 def take_step(config: Config, policy: model.Policy, reference: model.Policy | None, optimizer: torch.optim.Optimizer,
               passes: list[Pass], numbers: dict[str, float], world: int) -> dict[str, float]:
-    """--updates AdamW steps on all passes of all processes; returns the numbers of the step with those of the last one.
+    """--num_iterations AdamW steps on all passes of all processes; returns the numbers of the step with those of the last one.
     One of whose numbers some are not finite is left out, and so are those after it: all processes see the same."""
     total = config.prompts_per_step * config.group_size
-    tokens = {"grpo": None, "bnpo": numbers["tokens"] * total, "dr_grpo": float(config.max_tokens * total)}[config.loss]
+    tokens = {"grpo": None, "bnpo": numbers["tokens"] * total, "dr_grpo": float(config.max_tokens * total)}[config.loss_type]
     scores = [partial(grpo.logprobs, prompts=each.prompts, completions=each.rollouts.completions,
                       mask=each.rollouts.mask, temperature=config.temperature) for each in passes]
     with torch.no_grad(), lora.reference(reference):
         ref_logps = [score(reference) if reference is not None else None for score in scores]
     numbers, old_logps = {**numbers, "updates": 0}, []      # of pi_old, the policy before the first update
-    for update in range(1, config.updates + 1):
+    for update in range(1, config.num_iterations + 1):
         sums = torch.zeros(4)
         for i, each in enumerate(passes):
             logp = scores[i](policy)                                                        # (B, G, C)
             old_logps += [logp.detach()] * (update == 1)
             loss, kl, clipped = grpo.loss(logp, old_logps[i], ref_logps[i], each.advantage, each.rollouts.mask,
-                                          config.beta, total, tokens, config.clip)
+                                          config.beta, total, tokens, config.epsilon)
             (loss * world).backward()   # FSDP averages the gradients over the processes; the loss wants their sum
             mismatch = (old_logps[i] - each.rollouts.logprobs).abs().sum()
             sums += torch.stack([loss.detach(), kl, clipped, mismatch]).cpu()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        loss, kl, clipped, mismatch = np.sum(launch.gather([sums.tolist()]), axis=0).tolist()
+        loss, kl, clipped, mismatch = np.sum(distributed.gather([sums.tolist()]), axis=0).tolist()
         numbers |= {"kl": kl, "loss": loss, "clipped": clipped, "mismatch": mismatch / (numbers["tokens"] * total),
-                    "grad_norm": launch.full_norm(norm)}
-        if launch.not_finite(numbers):
+                    "grad_norm": distributed.full_norm(norm)}
+        if files.not_finite(numbers):
             break
         optimizer.step()
         optimizer.zero_grad()
@@ -306,4 +304,4 @@ def take_step(config: Config, policy: model.Policy, reference: model.Policy | No
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, main, __doc__)
+    flags.command_line(Config, main, __doc__)

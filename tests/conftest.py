@@ -17,15 +17,15 @@ import torch
 from jaxtyping import install_import_hook
 
 # checks shapes; an int is a float
-install_import_hook(["grpo", "model", "support.attention", "support.decoding"],
+install_import_hook(["grpo", "model", "engine.attention", "engine.sampling"],
                     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import model
 import sft
 import toy
-from support import launch
-from support.loader import Loader
-from support.video import Clip
+from engine.flags import command_line
+from engine.loader import Loader
+from engine.video import Clip
 
 torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
 FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
@@ -67,7 +67,7 @@ def child(script, arguments, log, change, rank, environment):
     if change:
         change(rank)
     module = importlib.import_module(script)
-    launch.command_line(module.Config, module.main, module.__doc__)
+    command_line(module.Config, module.main, module.__doc__)
 
 
 def command(script: str, config, log, processes: int = 0) -> subprocess.Popen:

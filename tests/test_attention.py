@@ -7,10 +7,9 @@ import torch
 
 import grpo
 import model
-from support import attention
-from support.attention import Decoding, Packed
-from support.decoding import rows_to_keep
-from support.incremental import Step
+from engine import attention
+from engine.attention import Decoding, Packed
+from engine.sampling import Step, rows_to_keep
 
 
 def random(*shape, seed=0):
@@ -62,10 +61,10 @@ def test_decoding_equals_one_mask_for_all_with_rows_dropped_on_the_way():
     rows = list(range(9))
     for c in range(full):
         if c == 2:
-            decoding.keep(torch.tensor([0, 2]), torch.tensor([0, 1, 6, 7]))
+            sampling.keep(torch.tensor([0, 2]), torch.tensor([0, 1, 6, 7]))
             rows = [0, 1, 6, 7]
         now = torch.stack([column[row][c] for row in rows])
-        out = decoding.attend(*(x[:, :, now] for x in inputs), 0.3, 0)[0]
+        out = sampling.attend(*(x[:, :, now] for x in inputs), 0.3, 0)[0]
         torch.testing.assert_close(out, expected[now])
         decoding.tokens += 1
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from support import compiled
-from tools import bench, decode, plan, ways
+from engine import compiled
+from lab import bench, decode, plan, ways
 
 SMALL = bench.Config(grids=3, side=84, text=12, group_size=3, max_tokens=5, hidden=128, layers=2, vocabulary=300,
                      vision_hidden=64, vision_depth=4)

@@ -13,7 +13,7 @@ from test_train import config, rows
 import data
 import evaluate
 import train
-from support import best
+from engine import best
 
 CLOCK = {"seconds", "tokens_per_second"}
 

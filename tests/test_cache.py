@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support import cache
-from support.cache import Cache
+from engine import cache
+from engine.cache import Cache
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (4, 3, 28, 56), dtype=np.uint8)   # 18,816 bytes
 
@@ -49,7 +49,7 @@ def test_a_damaged_entry_is_missing_and_written_again(tmp_path, harm):
 
 def test_two_processes_write_and_read_the_same_entries(tmp_path):
     script = ("import sys, numpy as np; sys.path.insert(0, sys.argv[1])\n"
-              "from support.cache import Cache; store = Cache(sys.argv[2])\n"
+              "from engine.cache import Cache; store = Cache(sys.argv[2])\n"
               "for i in range(300):\n"
               "    store.put({'n': i % 3}, np.full((50, 784), i % 3, np.uint8), {})\n"
               "    array, _ = store.get({'n': (i + 1) % 3}) or (np.full(1, (i + 1) % 3), 0)\n"

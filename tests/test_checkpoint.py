@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import sft
 import train
-from support import checkpoint, launch
+from engine import checkpoint, files
 
 
 def small(steps=0, seed=0, hidden=5):
@@ -177,7 +177,7 @@ def test_another_script_or_a_finished_run_is_refused(config, tmp_path):
     other = sft.Config(config.model, config.annotations, config.videos, config.output, resume=True)
     run = tmp_path / "run"
     run.mkdir()
-    launch.write_config(config, run)
+    files.write_config(config, run)
     with pytest.raises(ValueError, match="--seed 5: .*run was made with 0"):
         checkpoint.Run(replace(config, resume=True, seed=5))
     with pytest.raises(ValueError, match="run was made by another script.*--batch_size"):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from tools import compare
+from lab import compare
 
 
 def evaluation(folder, ious, vc):

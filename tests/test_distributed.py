@@ -19,9 +19,9 @@ import model
 import rewards
 import tasks
 import train
-from support import launch, sharding, stream, video
-from support.loader import Loader
-from support.video import Clip
+from engine import distributed, video
+from engine.loader import Loader
+from engine.video import Clip
 
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
 
@@ -95,7 +95,7 @@ def settings(folder, warm, tmp_path_factory):
         model=str(warm), annotations=str(folder / "train.txt"), videos=str(files), output="", steps=2, seed=1,
         prompts_per_step=4, group_size=4, max_tokens=48, tvg_prob=1, beta=1.0, learning_rate=0.02, max_grad_norm=0.1)
     samples, _ = data.read(settings.annotations, str(folder / "videos"))
-    bad = {stream.pick(samples, index, settings.seed, lambda sample: None).item.video for index in range(1, 8, 2)}
+    bad = {batches.pick(samples, index, settings.seed, lambda sample: None).item.video for index in range(1, 8, 2)}
     for path in {sample.video for sample in samples}:
         name = os.path.basename(path)
         (files / name).write_bytes(b"not a video") if path in bad else (files / name).symlink_to(path)
@@ -121,11 +121,11 @@ def alone(settings, tmp_path_factory):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("processes, per_node, per_pass", [(2, 2, 1), (4, 2, 0)], ids=["one_node", "two_nodes"])
-def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, per_node, per_pass):
+@pytest.mark.parametrize("processes, per_node, micro_batch_size", [(2, 2, 1), (4, 2, 0)], ids=["one_node", "two_nodes"])
+def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, per_node, micro_batch_size):
     """On one node in passes of a single prompt, whose gradients add up."""
     output, gradients = alone
-    here = replace(settings, output=str(tmp_path / "run"), prompts_per_pass=per_pass)
+    here = replace(settings, output=str(tmp_path / "run"), micro_batch_size=micro_batch_size)
     for theirs, ranks in together(tmp_path / "job", processes, per_node, train_recorded, here):
         assert ranks == ([0, 1] if processes == per_node else [[0, 1], [2, 3]])     # repeated on every node
         for ours, other in zip(gradients, theirs, strict=True):
@@ -146,10 +146,10 @@ def test_training_is_that_of_one_process(settings, alone, tmp_path, processes, p
 def step_by_hand(folder, compute=None, frozen=False, checkpointed=False) -> dict:
     """A step on this process's share of four prompts of different lengths, with completions of 1 to 9 tokens, and then
     rollouts, of another length on each process, as they were sampled and scored."""
-    rank, world, _ = launch.start_process()
+    rank, world, _ = distributed.start_process()
     policy, encoder = model.load(str(folder / "model"))
     policy.qwen.model.visual.requires_grad_(not frozen)
-    policy = sharding.shard(sharding.checkpoint_activations(policy) if checkpointed else policy, compute)
+    policy = distributed.shard(distributed.gradient_checkpointing(policy) if checkpointed else policy, compute)
     random, share = torch.Generator().manual_seed(0), slice(rank, None, world)
     sizes = {"when?": (4, 28, 56), "a red circle": (6, 56, 28), "it": (2, 28, 28), "who": (8, 28, 84)}
     prompts = [encoder.encode(text, Clip(torch.randint(0, 256, (t, 3, h, w), dtype=torch.uint8, generator=random), 2.0))
@@ -163,11 +163,11 @@ def step_by_hand(folder, compute=None, frozen=False, checkpointed=False) -> dict
     ((logp * weight[share]).sum() * world).backward()
     trained = [value for value in policy.parameters() if value.requires_grad]
     gradients = {name: whole(value.grad) for name, value in policy.named_parameters()}
-    norm = launch.full_norm(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+    norm = distributed.full_norm(torch.nn.utils.clip_grad_norm_(trained, 1.0))
     torch.optim.AdamW(trained, lr=1e-3).step()
     weights = {name: whole(value.detach()) for name, value in policy.named_parameters()}
     generators = [torch.Generator().manual_seed(1) for _ in prompts[share]]
-    with sharding.gathered(policy):
+    with distributed.gathered(policy):
         sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], generators)
     with torch.no_grad():
         scored = grpo.logprobs(policy, prompts[share], sampled.completions, sampled.mask)
@@ -211,7 +211,7 @@ def test_bf16_compute_keeps_fp32_weights(folder, by_hand, tmp_path):
 
 
 def layout() -> list:
-    return sharding.mesh().mesh.tolist()
+    return distributed.mesh().mesh.tolist()
 
 
 def test_a_node_shares_a_model(tmp_path):
@@ -222,7 +222,7 @@ def test_a_node_shares_a_model(tmp_path):
 def nodes_of_different_size() -> str:
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
     with pytest.raises(ValueError) as error:
-        sharding.mesh()
+        distributed.mesh()
     return str(error.value)
 
 
@@ -243,7 +243,7 @@ def test_checkpointing_keeps_less(tiny, prompts):
         logp.square().sum().backward()
         results.append((sum(kept), logp.detach(), [weight.grad.clone() for weight in policy.parameters()]))
         policy.zero_grad()
-        sharding.checkpoint_activations(policy)
+        distributed.gradient_checkpointing(policy)
     (plain, *expected), (checkpointed, *found) = results
     torch.testing.assert_close(found, expected)
     assert checkpointed < plain / 4

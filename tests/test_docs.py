@@ -17,8 +17,8 @@ from transformers import HfArgumentParser
 import rewards
 import tasks
 import train
-from support import launch
-from tools import plan
+from engine import launch
+from lab import plan
 
 TEXTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 WORDS = 1500    # the most that README.md has
@@ -117,7 +117,7 @@ def test_swapped_verbs_earn_vc_in_full(capsys):
 
 
 @pytest.mark.parametrize("wrong", ["python train.py --modle x", "python tasks.py AR",
-                                   "python evaluate.py ... --stpes 3", "python -m tools.plan --model x --gpu 3"])
+                                   "python evaluate.py ... --stpes 3", "python -m lab.plan --model x --gpu 3"])
 def test_wrong_commands_are_found(wrong, monkeypatch):
     with pytest.raises((SystemExit, AssertionError, ValueError)):
         read(shlex.split(wrong), monkeypatch)

@@ -14,8 +14,8 @@ import data
 import evaluate
 import model
 import tasks
-from support.loader import Loader
-from support.scores import difference, swap_queries
+from engine.loader import Loader
+from engine.scores import difference, swap_queries
 
 
 def row(task, **parts):

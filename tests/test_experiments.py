@@ -4,13 +4,13 @@ import shlex
 import sys
 from collections import Counter
 
-import pytest
-
 import experiments
+import pytest
+from experiments import ALL, ARMS, CLAIMS, EXPERIMENTS, TVG, Config, parse
+
 import tasks
 import toy
-from experiments import ALL, ARMS, CLAIMS, EXPERIMENTS, TVG, Config, parse
-from support import report
+from lab import report
 
 
 def test_every_command_is_parsed_and_every_run_stands_once():

@@ -14,8 +14,8 @@ import data
 import evaluate
 import ground
 import tasks
-from support import launch, loader
-from support.video import Clip
+from engine import flags, loader
+from engine.video import Clip
 
 HERE = Path(__file__).parent.parent
 
@@ -95,7 +95,7 @@ def test_wrong_input_is_one_line_and_code_2(folder, monkeypatch, capsys, change,
     monkeypatch.setattr(sys, "argv", ["ground.py",
                                       *ground.flags([values["video"], *values["queries"], "--model", values["model"]])])
     with pytest.raises(SystemExit) as stop:
-        launch.command_line(ground.Config, ground.main, ground.__doc__)
+        flags.command_line(ground.Config, ground.main, ground.__doc__)
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.err.count("\n") == 1 and not said.out
     with pytest.raises(ValueError, match=words):
@@ -114,12 +114,12 @@ def test_command_line(folder, tmp_path):
 
 def test_every_flag_that_a_message_names_is_there(folder, tmp_path, monkeypatch):
     path, limits = next((folder / "videos").iterdir()), []
-    with pytest.raises(ValueError, match="--video_limit"):
-        ground.main(config(folder / "model", path, ["a"], video_limit=0.0))
+    with pytest.raises(ValueError, match="--video_timeout"):
+        ground.main(config(folder / "model", path, ["a"], video_timeout=0.0))
     monkeypatch.setattr(loader.Worker, "ask", lambda self, request: limits.append(self.limit) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ground.main(config(folder / "model", path, ["a"], video_limit=7.0))
+        ground.main(config(folder / "model", path, ["a"], video_timeout=7.0))
     assert limits == [7.0]
     sources = (HERE / "ground.py", HERE / "support" / "loader.py", HERE / "support" / "video.py")
     named = {name for source in sources for name in re.findall(r'"[^"\n]*?--(\w+)[^"\n]*"', source.read_text())}
-    assert "video_limit" in named and named - {"help"} <= {*ground.Config.__dataclass_fields__}
+    assert "video_timeout" in named and named - {"help"} <= {*ground.Config.__dataclass_fields__}

@@ -8,7 +8,7 @@ from jaxtyping import TypeCheckError
 
 import grpo
 import model
-from support.decoding import draw_token
+from engine.sampling import draw_token
 
 
 def completions_of(policy, lengths, seed=1):

@@ -177,8 +177,8 @@ def test_nothing_is_wrong(check):
 def test_the_tree_is_seen():
     """Else the checks would find nothing wrong with nothing."""
     graph = imports(ROOT)
-    assert {"grpo.py", "support/attention.py"} <= graph["train.py"] | graph["grpo.py"]
-    assert {"train.py", "support/launch.py", "tools/plan.py", "tools/bench.py"} <= set(code(ROOT))
+    assert {"grpo.py", "engine/attention.py"} <= graph["train.py"] | graph["grpo.py"]
+    assert {"train.py", "engine/launch.py", "tools/plan.py", "tools/bench.py"} <= set(code(ROOT))
     assert "tests/test_house.py" in files(ROOT) and len(files(ROOT)) > 50
     assert all(lines_of_code(ROOT / name, names) > 30 for name, names in METHOD.items())
 
@@ -224,16 +224,16 @@ def test_circles_between_folders_are_found(tmp_path):
     """No file leads back to itself here."""
     grow(tmp_path, support__one="from other import two", other__two="", other__three="import os")
     assert circles(tmp_path) == []
-    found = circles(grow(tmp_path, other__three="import support.four", support__four=""))
+    found = circles(grow(tmp_path, other__three="import engine.four", support__four=""))
     assert len(found) == 1 and "support" in found[0] and "other" in found[0]
 
 
 @pytest.mark.parametrize("name, text", [("support__video", "import grpo"), ("support__video", "from grpo import loss"),
-                                        ("support__video", "def f():\n    from tools import plan"),
-                                        ("train", "from tools import plan"), ("train", "import tools.plan")])
+                                        ("support__video", "def f():\n    from lab import plan"),
+                                        ("train", "from lab import plan"), ("train", "import lab.plan")])
 def test_upward_imports_are_found(tmp_path, name, text):
-    grow(tmp_path, grpo="import support.cache", support__cache="import support.video", support__video="import numpy",
-         tools__plan="import grpo", train="from support import cache", tests__test_x="from tools import plan")
+    grow(tmp_path, grpo="import engine.cache", support__cache="import engine.video", support__video="import numpy",
+         tools__plan="import grpo", train="from engine import cache", tests__test_x="fromlabimportplan")
     assert upward(tmp_path) == []
     assert len(upward(grow(tmp_path, **{name: text}))) == 1
 
@@ -268,9 +268,9 @@ def test_names_that_do_not_exist_are_found(tmp_path):
 def test_files_that_the_map_lacks_are_found(tmp_path):
     grow(tmp_path, README=MAP, grpo="", support__attention="")
     assert wrong_map(tmp_path) == []
-    assert wrong_map(grow(tmp_path, support__video="")) == ["the tree lacks support/video.py"]
-    assert wrong_map(grow(tmp_path, README=MAP + "see support/video.py and gone.py")) == \
-        ["the tree lacks support/video.py", "README.md names gone.py"]
+    assert wrong_map(grow(tmp_path, support__video="")) == ["the tree lacks engine/video.py"]
+    assert wrong_map(grow(tmp_path, README=MAP + "see engine/video.py and gone.py")) == \
+        ["the tree lacks engine/video.py", "README.md names gone.py"]
 
 
 def test_lines_of_code_are_counted(tmp_path):

@@ -8,9 +8,9 @@ from huggingface_hub import constants
 
 import evaluate
 import model
-from support import hub
-from support.folders import ModelError
-from tools import plan
+from engine import hub
+from engine.model_folder import ModelError
+from lab import plan
 
 REVISION = "66285546d2b821cf421d4f5eb2576359d3770cd3"
 

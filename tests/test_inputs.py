@@ -17,7 +17,7 @@ import sft
 import tasks
 import toy
 import train
-from support import launch, plot
+from engine import flags, plot
 
 HERE = Path(__file__).parent.parent
 GONE = object()     # as a value: without this flag
@@ -48,7 +48,7 @@ def run(monkeypatch, script, words):
     if hasattr(script, "Config"):
         if script is ground:
             sys.argv[1:] = ground.flags(sys.argv[1:])
-        launch.command_line(script.Config, script.main, script.__doc__)
+        flags.command_line(script.Config, script.main, script.__doc__)
     else:
         sys.exit(script.main(words))
 
@@ -60,13 +60,13 @@ RIGHT = {   # flags with which a script gets as far as to load a model
     "ground": {"video": "absent.mp4", "queries": "a person sits", "model": "good"},
     "toy": {"output": "videos"}}
 NUMBERS = {     # of each script: those that must be above 0, and those that may be 0
-    "train": ("steps max_tokens temperature learning_rate max_grad_norm total_pixels cache_gb video_limit workers "
+    "train": ("steps max_tokens temperature learning_rate max_grad_norm total_pixels cache_gb video_timeout workers "
               "keep max_bad_steps updates clip eval_samples",
-              "seed beta warmup_steps prompts_per_pass save_every tvg_prob vd_verbs eval_every lora_rank"),
-    "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_limit workers keep max_bad_steps",
-            "seed per_pass save_every lora_rank"),
-    "evaluate": ("max_tokens total_pixels cache_gb video_limit workers", "seed steps temperature batch_size"),
-    "ground": ("batch_size max_tokens total_pixels video_limit", ""),
+              "seed beta warmup_steps micro_batch_size save_every tvg_prob vd_max_verbs eval_every lora_rank"),
+    "sft": ("steps learning_rate max_grad_norm total_pixels cache_gb video_timeout workers keep max_bad_steps",
+            "seed micro_batch_size save_every lora_rank"),
+    "evaluate": ("max_tokens total_pixels cache_gb video_timeout workers", "seed steps temperature batch_size"),
+    "ground": ("batch_size max_tokens total_pixels video_timeout", ""),
     "toy": ("learning_rate prompts_per_step warm_steps", "seed beta steps tvg_prob eval_every lora_rank")}
 SCRIPTS = {module.__name__: module for module in (train, sft, evaluate, ground, toy)}
 

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from support import jobs
+from lab import jobs
 
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('')"
 
@@ -50,7 +50,7 @@ def test_a_stop_reaches_what_runs(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(jobs.__file__).parent.parent)!r})
 from pathlib import Path
-from support import jobs
+from lab import jobs
 sleeper = "import signal, sys, time; from pathlib import Path; " \\
           "signal.signal(15, lambda *_: (Path('stopped').touch(), sys.exit())); Path('began').touch(); time.sleep(60)"
 jobs.run([jobs.Job(name, Path(name), [[sys.executable, "-c", sleeper]]) for name in "ab"], 1, 1, lambda job: "")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support import launch
+from engine import distributed, files, logs
+from engine.run import LOCK, STOPPING, occupied, stop_signals
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Config:
 
 def run(monkeypatch, main, *flags):
     monkeypatch.setattr(sys, "argv", ["x.py", *flags])
-    launch.command_line(Config, main, "What x.py does.\n\nMore.")
+    flags.command_line(Config, main, "What x.py does.\n\nMore.")
 
 
 def test_flags_become_a_config(monkeypatch):
@@ -53,31 +54,31 @@ def test_wrong_flags_end_before_anything_runs(monkeypatch, capsys, flags):
 
 
 def test_files_are_written_whole(tmp_path):
-    launch.write_whole(tmp_path / "new" / "a.txt", "one")
-    launch.write_whole(tmp_path / "new" / "a.txt", "two")
+    files.write_whole(tmp_path / "new" / "a.txt", "one")
+    files.write_whole(tmp_path / "new" / "a.txt", "two")
     assert (tmp_path / "new" / "a.txt").read_text() == "two" and len(list((tmp_path / "new").iterdir())) == 1
-    launch.write_config(Config("a"), tmp_path)
+    files.write_config(Config("a"), tmp_path)
     assert '"count": 3' in (tmp_path / "config.json").read_text()
 
 
 def test_one_process_gathers_itself():
-    assert launch.gather([1, 2]) == [1, 2]
+    assert distributed.gather([1, 2]) == [1, 2]
 
 
 def test_rows_are_json_even_if_numbers_are_not_finite(tmp_path):
-    launch.append(tmp_path / "log", [{"a": float("nan"), "b": 1.0}])
-    launch.append(tmp_path / "log", [{"a": None, "c": [1], "d": -float("inf")}])
+    files.append(tmp_path / "log", [{"a": float("nan"), "b": 1.0}])
+    files.append(tmp_path / "log", [{"a": None, "c": [1], "d": -float("inf")}])
     assert (tmp_path / "log").read_text() == '{"a": null, "b": 1.0}\n{"a": null, "c": [1], "d": null}\n'
     with pytest.raises(OSError, match="nowhere/log: could not be written .No such"):
-        launch.append(tmp_path / "nowhere" / "log", [])
+        files.append(tmp_path / "nowhere" / "log", [])
 
 
-@pytest.mark.parametrize("number", launch.STOPPING)
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_asks_and_a_later_one_ends(monkeypatch, capfd, number):
     before, now, ended = signal.SIG_DFL, [0.0], []
     signal.signal(number, before)       # in the background of a shell some are ignored
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
-    with launch.stop_signals() as stop:
+    with stop_signals() as stop:
         assert not stop.is_set()
         for now[0] in (10.0, 11.5):             # the same one, from torchrun and from a scheduler
             signal.raise_signal(number)
@@ -93,7 +94,7 @@ def test_other_threads_leave_signals_alone():
     before = signal.getsignal(signal.SIGTERM)
 
     def enter():
-        with launch.stop_signals() as stop:
+        with stop_signals() as stop:
             assert signal.getsignal(signal.SIGTERM) is before and not stop.is_set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -118,7 +119,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launch.stop_signals():
+        with stop_signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -127,9 +128,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def script(tmp_path, body):
     """A script whose main(config) is `body`, as a process."""
     path = tmp_path / "x.py"
-    path.write_text("from dataclasses import dataclass\nimport os, sys, time\nfrom support import launch\n"
+    path.write_text("from dataclasses import dataclass\nimport os, sys, time\nfrom engine import launch\n"
                     "@dataclass\nclass Config:\n    output: str = 'run'\n"
-                    f"@launch.one_run\ndef main(config):\n    {body}\nlaunch.command_line(Config, main, 'x')\n")
+                    f"@one_run\ndef main(config):\n    {body}\nlaunch.command_line(Config, main, 'x')\n")
     return lambda **options: subprocess.Popen(
         [sys.executable, str(path)], cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -146,9 +147,9 @@ def test_two_runs_with_one_output(tmp_path):
             assert second.wait(60) == 2 and second.stdout.read() == ""
             said = second.stderr.read()
         assert f"--output run is in use by process {first.pid} on" in said and said.count("\n") == 1
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [launch.LOCK]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
         first.kill()
-    assert not launch.occupied(tmp_path / "run")
+    assert not occupied(tmp_path / "run")
     with script(tmp_path, "pass")() as third:
         assert third.wait(60) == 0 and not (tmp_path / "run").exists()      # nothing was written
 
@@ -172,7 +173,7 @@ def test_a_closed_pipe_ends_nothing(tmp_path):
 
 
 def test_logs_show_no_control_characters(monkeypatch, capsys):
-    launch.say("id \x1b[2J\x07 ok é\u202e")
+    logs.say("id \x1b[2J\x07 ok é\u202e")
     assert capsys.readouterr().out == "id \\x1b[2J\\x07 ok é\\u202e\n"
 
     def fail(config):

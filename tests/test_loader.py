@@ -15,10 +15,9 @@ import pytest
 import torch
 from test_video import broken, constant, counted, shown, write
 
-from support import loader as loaders
-from support import stream, video
-from support.loader import Loader, Worker
-from support.video import VideoError, load
+from engine import video
+from engine.loader import Loader, Worker
+from engine.video import VideoError, load
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +105,9 @@ def test_workers_decode_at_the_same_time_and_a_hang_holds_up_only_its_own(toy, t
 
 def test_the_end_of_a_run_does_not_wait_for_a_video_that_hangs(toy):
     loader = Loader(limit=60.0)
-    make = lambda step: stream.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
+    make = lambda step: batches.pick([toy], step, 0, loader)       # what is unreadable is replaced, by itself
     began = time.perf_counter()
-    with pytest.raises(KeyError), stream.prefetched(make, range(9), loader) as made:
+    with pytest.raises(KeyError), batches.prefetched(make, range(9), loader) as made:
         for step, (_, _, clip, _) in made:
             assert shown(clip) == list(range(0, 64, 2))
             if step == 1:
@@ -144,7 +143,7 @@ def test_the_worker_ends_with_its_parent_and_needs_no_main_guard(toy, tmp_path):
     """From any working directory, and where the environment keeps Python from looking into that."""
     script = tmp_path / "unguarded.py"
     root = str(Path(video.__file__).parent.parent)
-    script.write_text(f"import sys, time\nsys.path.insert(0, {root!r})\nfrom support.loader import Loader\n"
+    script.write_text(f"import sys, time\nsys.path.insert(0, {root!r})\nfrom engine.loader import Loader\n"
                       f"loader = Loader()\nloader({str(toy)!r})\n"
                       "print(loader.workers[0].process.pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, cwd=tmp_path,

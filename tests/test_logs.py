@@ -5,7 +5,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support import launch, logs
+from engine import files, logs
 
 KEYS = ("lr", "kl", "loss", "clipped", "mismatch", "grad_norm", "updates", "bad_steps")
 
@@ -65,7 +65,7 @@ def test_tensorboard_has_the_numbers_of_the_files_once(tmp_path, said):
     for step, task in enumerate(("TVG", "VC", "TVG")):
         log.step(numbers(step, task, reward=step / 2, kl=None if step == 1 else 0.5), rows(), 4.0)
     log.evaluation({"step": 2, "mIoU": 0.25, "mIoU_95": [0.1, 0.3]})
-    launch.append(tmp_path / "evaluations.jsonl", [{"step": 2, "mIoU": 0.25, "mIoU_95": [0.1, 0.3]}])
+    files.append(tmp_path / "evaluations.jsonl", [{"step": 2, "mIoU": 0.25, "mIoU_95": [0.1, 0.3]}])
     found = scalars(tmp_path)
     assert found["TVG/reward"] == [(0, 0.0), (2, 1.0)] and found["VC/reward"] == [(1, 0.5)]
     assert found["VC/vc"] == [(1, 0.25)] and found["step/kl"] == [(0, 0.5), (2, 0.5)]

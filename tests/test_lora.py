@@ -20,9 +20,9 @@ import grpo
 import model
 import sft
 import train
-from support import launch, lora, sharding
-from support.attention import Packed
-from support.video import Clip
+from engine import distributed, lora
+from engine.attention import Packed
+from engine.video import Clip
 
 LINEAR = [f"model.language_model.layers.{i}.{name}_proj" for i in range(4)
           for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")]
@@ -253,9 +253,9 @@ def test_flags_that_cannot_work_are_named(stored, folder, tmp_path):
 def step(source, dtype=torch.float32) -> dict:
     """On this process's share of two prompts, computed in dtype: log-probabilities with adapters on and off,
     gradients, weights after a step, and the mismatch of sampling, of another length on each process, and scoring."""
-    rank, world, _ = launch.start_process()
+    rank, world, _ = distributed.start_process()
     policy, encoder = build(source, dtype=dtype, noise=0.02)
-    policy = sharding.shard(policy, dtype)
+    policy = distributed.shard(policy, dtype)
     random, share = torch.Generator().manual_seed(0), slice(rank, None, world)
     prompts = model.see(policy, [encoder.encode(text, Clip(torch.randint(
         0, 256, (t, 3, 28, 28), dtype=torch.uint8, generator=random), 2.0)) for text, t in (("when", 4), ("red", 6))])
@@ -269,9 +269,9 @@ def step(source, dtype=torch.float32) -> dict:
     ((logp * weight[share]).sum() * world).backward()
     learning = {name: value for name, value in policy.named_parameters() if value.requires_grad}
     gradients = {name: whole(value.grad) for name, value in learning.items()}
-    norm = launch.full_norm(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
+    norm = distributed.full_norm(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
     torch.optim.AdamW(learning.values(), lr=1e-2).step()
-    with sharding.gathered(policy):
+    with distributed.gathered(policy):
         sampled = grpo.rollout(policy, prompts[share], 2, 8 + 4 * rank, [], [torch.Generator().manual_seed(1)] * len(
             prompts[share]))
     with torch.no_grad():
@@ -303,7 +303,7 @@ def unbroken(folder, warm, tmp_path_factory):
     """The settings of a run with adapters that nobody disturbs, and its folder."""
     output = tmp_path_factory.mktemp("lora") / "run"
     settings = config(folder, output, steps=3, save_every=1, tvg_prob=1, lora_rank=4,
-                      learning_rate=1e-2, checkpoint_activations=True)
+                      learning_rate=1e-2, gradient_checkpointing=True)
     train.main(settings)
     return settings, output
 
@@ -348,7 +348,7 @@ def test_killed_and_resumed_is_unbroken(unbroken, tmp_path):
 
 @pytest.mark.processes
 def test_a_run_of_two_processes_is_that_of_one(unbroken, tmp_path):
-    settings = replace(unbroken[0], output=str(tmp_path / "run"), prompts_per_pass=1)
+    settings = replace(unbroken[0], output=str(tmp_path / "run"), micro_batch_size=1)
     assert finish(start("train", settings, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
     (one, said, learned), (two, also, theirs) = outcome(unbroken[1]), outcome(tmp_path / "run")
     assert said.count("completion") == also.count("completion") and len(one) == len(two)

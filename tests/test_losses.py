@@ -1,4 +1,4 @@
-"""The loss's open choices in training: --loss, --scale_rewards, --updates and --clip, computed again by hand."""
+"""The loss's open choices in training: --loss_type, --scale_rewards, --num_iterations and --epsilon, computed again by hand."""
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ import grpo
 import train
 
 world, plain, tokenizer = test_wiring.world, test_wiring.plain, test_wiring.tokenizer      # fixtures
-FLAGS = dict(steps=1, seed=4, tvg_prob=0.0, tasks=["AR"], group_size=3, prompts_per_step=2, prompts_per_pass=1,
+FLAGS = dict(steps=1, seed=4, tvg_prob=0.0, tasks=["AR"], group_size=3, prompts_per_step=2, micro_batch_size=1,
              beta=0.5, learning_rate=1e-3, max_grad_norm=1e3, max_tokens=30, total_pixels=test_wiring.PIXELS,
              updates=3, clip=0.1)
 
@@ -57,7 +57,7 @@ def test_two_processes_are_one(folder, warm, tmp_path):
     pass's own."""
     flags = dict(steps=2, prompts_per_step=4, loss="bnpo", updates=2, scale_rewards="none", clip=0.01, seed=6)
     train.main(config(folder, tmp_path / "one", **flags))
-    two = config(folder, tmp_path / "two", prompts_per_pass=1, **flags)
+    two = config(folder, tmp_path / "two", micro_batch_size=1, **flags)
     assert finish(start("train", two, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert any(row["grad_norm"] > 0 for row in one)

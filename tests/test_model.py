@@ -10,8 +10,8 @@ from transformers import AutoModelForImageTextToText
 
 import grpo
 import model
-from support.attention import Packed
-from support.video import Clip
+from engine.attention import Packed
+from engine.video import Clip
 
 PAD = 99
 

@@ -179,7 +179,7 @@ def test_loss_and_gradients(peer, prompts, ours):
 
 @pytest.mark.parametrize("kind, scale", [("bnpo", True), ("dr_grpo", True), ("grpo", False), ("dr_grpo", False)])
 def test_other_losses_and_gradients(peer, prompts, ours, kind, scale):
-    """--loss and --scale_rewards, in two passes of a prompt each."""
+    """--loss_type and --scale_rewards, in two passes of a prompt each."""
     trainer = peer(loss_type=kind, scale_rewards="group" if scale else "none")
     tokens = {"grpo": None, "bnpo": float(LENGTHS.sum()), "dr_grpo": 8.0 * trainer.args.max_completion_length}[kind]
     (loss, gradients), (their, their_gradients) = our_loss(prompts, ours, 2, scale, tokens=tokens), their_loss(trainer)
@@ -188,7 +188,7 @@ def test_other_losses_and_gradients(peer, prompts, ours, kind, scale):
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo"])
 def test_clipping(peer, prompts, ours, kind):
-    """A policy that has moved since it sampled, so that tokens are clipped on both sides; not so without --clip."""
+    """A policy that has moved since it sampled, so that tokens are clipped on both sides; not so without --epsilon."""
     policy, _, completions, mask = ours
     trainer, tokens = peer(loss_type=kind), float(LENGTHS.sum()) if kind == "bnpo" else None
     with torch.no_grad():

@@ -12,8 +12,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import grpo
 import model
 import train
-from support import attention, decoding, launch, lora, sharding
-from tools import plan, ways
+from engine import attention, distributed, lora, sampling
+from lab import plan, ways
 
 SHAPES = {"wide": ways.Sizes(hidden=256, layers=2, vision_hidden=64, vision_depth=4, vocabulary=4000, grids=6,
                              side=112, group_size=6, max_tokens=30, text=20),
@@ -112,7 +112,7 @@ def test_memory_of_scoring_is_as_measured(small, monkeypatch, dtype, recompute, 
     policy.to(dtype)
     policy.qwen.model.visual.requires_grad_(not freeze)
     if recompute:
-        sharding.checkpoint_activations(policy)
+        distributed.gradient_checkpointing(policy)
     for weight in policy.parameters():
         weight.grad = torch.zeros_like(weight)
     measured = most(lambda: grpo.logprobs(policy, prompts, completions, completions).sum().backward())
@@ -143,13 +143,13 @@ def lora_step(name, dtype, recompute) -> tuple[int, float]:
     for weight in lora.frozen(policy):
         weight.data = weight.data.to(dtype)
     if recompute:
-        sharding.checkpoint_activations(policy)
-    policy, prompts = sharding.shard(policy, dtype), ways.make_prompts(config, policy.qwen.config)
+        distributed.gradient_checkpointing(policy)
+    policy, prompts = distributed.shard(policy, dtype), ways.make_prompts(config, policy.qwen.config)
     completions = torch.ones(config.prompts, config.group_size, config.max_tokens, dtype=torch.long)
     optimizer = torch.optim.AdamW(lora.adapters(policy).values())
 
     def work():
-        with sharding.gathered(policy):
+        with distributed.gathered(policy):
             seen = model.see(policy, prompts)
             grpo.rollout(policy, seen, config.group_size, config.max_tokens, [-1])
         score = lambda: grpo.logprobs(policy, seen, completions, completions).sum()
@@ -190,7 +190,7 @@ def test_adapters(tmp_path, small):
     assert {part: 2 * cost for part, cost in frozen.items()} == {part: 3 * cost for part, cost in adapters.items()}
     for name, memory in (("3B", 16), ("7B", 24)):
         settings = plan.Config(write(tmp_path, name), gpus=1, gpu_memory=memory, max_tokens=256, prompts_per_step=1,
-                               checkpoint_activations=True)
+                               gradient_checkpointing=True)
         less = plan.report(replace(settings, lora_rank=16))
         assert "DOES NOT FIT" in plan.report(settings) and "DOES NOT" not in less
     assert "40.4 million in adapters of rank 16" in less
@@ -229,7 +229,7 @@ def test_report(tmp_path, capsys):
     again = lambda size: plan.report(replace(config, group_size=size))
     assert "DOES NOT" not in again(largest) and "DOES NOT FIT" in again(largest + 1)
     assert "group that fits: none" in plan.report(plan.Config(config.model, gpus=1, gpu_memory=24, max_tokens=256))
-    recomputed = plan.report(replace(config, checkpoint_activations=True))
+    recomputed = plan.report(replace(config, gradient_checkpointing=True))
     assert int(recomputed.split("largest group that fits: ")[1].split()[0]) > largest
     assert "16 instead of 12" in plan.report(replace(config, prompts_per_step=12))
 
@@ -273,7 +273,7 @@ def test_queries_at_once(tmp_path, monkeypatch, total, expected):
     (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     (adapters / "adapter_model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 3, total))
-    at_once = lambda name, compile=False, device="cuda:0": decoding.queries_at_once(str(name), 1024, 2809856, compile,
+    at_once = lambda name, compile=False, device="cuda:0": sampling.queries_at_once(str(name), 1024, 2809856, compile,
                                                                                     device)
     assert at_once(folder) == at_once(adapters) == pytest.approx(expected, rel=0.2)
     assert at_once(folder, device="cpu") == 16
@@ -294,10 +294,10 @@ def test_its_flags_are_train_s():
     ("--group_size 1", "--group_size 1"), ("--prompts_per_step 0", "--prompts_per_step 0"),
     ("--seconds -1", "--seconds -1"), ("--model nowhere", "nowhere"), ("--gpu 8", "--gpu 8")])
 def test_wrong_flags_end_with_one_line(flags, named, tmp_path, monkeypatch, capsys):
-    """As `python -m tools.plan` parses them, and exit code 2."""
+    """As `python -m lab.plan` parses them, and exit code 2."""
     monkeypatch.setattr("sys.argv", ["plan.py", "--model", write(tmp_path, "3B"), *flags.split()])
     with pytest.raises(SystemExit) as stop:
-        launch.command_line(plan.Config, plan.main, plan.__doc__)
+        flags.command_line(plan.Config, plan.main, plan.__doc__)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and named in lines[0]
 

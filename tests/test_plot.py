@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from support import plot
-from support.video import Clip
+from engine import plot
+from engine.video import Clip
 
 PART = {"TVG": "iou", "VC": "vc", "AR": "ar", "VD": "vd"}
 
@@ -89,7 +89,7 @@ def test_new_tasks_have_colours_of_their_own(tmp_path):
 
 def test_the_command(tmp_path):
     run = log(tmp_path / "run" / "metrics.jsonl", 3).parent
-    command = [sys.executable, "-m", "support.plot", str(run), "--output", str(tmp_path / "curves.png")]
+    command = [sys.executable, "-m", "engine.plot", str(run), "--output", str(tmp_path / "curves.png")]
     done = subprocess.run(command, cwd=Path(plot.__file__).parent.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     check(tmp_path / "curves.png", 1600, 700)

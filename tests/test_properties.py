@@ -14,8 +14,8 @@ import grpo
 import model
 import rewards
 import tasks
-from support import answers, plot, video
-from support.decoding import draw_token
+from engine import plot, video
+from engine.sampling import draw_token
 
 settings.register_profile("house", max_examples=50, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -98,7 +98,7 @@ TIMES = ["1:05", "3,5", "7.25", "2 min", "1 h 5 s", "12", "[", "]", " - ", " to 
 @given(st.text(st.characters(codec=None), max_size=40) | st.lists(st.sampled_from(TIMES), max_size=9).map("".join))
 @example("9" * 400 + " - 3")
 def test_the_lenient_reader_gives_two_numbers_or_none(text):
-    span = answers.lenient(text)
+    span = predictions.lenient(text)
     assert span is None or len(span) == 2 and all(value >= 0 for value in span)
 
 

@@ -4,8 +4,8 @@ import math
 import matplotlib.image
 import pytest
 
-from support import report
-from support.report import Claim, Experiment
+from lab import report
+from lab.report import Claim, Experiment
 
 
 def row(world, seed, arm, steps=3, **scores):

@@ -18,7 +18,7 @@ from test_train import assert_about_same_weights, config, rows, sft_config
 
 import grpo
 import train
-from support import checkpoint
+from engine import checkpoint
 
 CLOCK = {"seconds", "tokens_per_second"}
 

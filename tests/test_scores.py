@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import rewards
-from support import scores
+from engine import scores
 
 
 def row(number, query, truth, start, end, video="a"):

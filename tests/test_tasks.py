@@ -10,7 +10,7 @@ import evaluate
 import tasks
 import train
 from data import Sample
-from support import plot, video
+from engine import plot, video
 
 SAMPLE = Sample("x:1", "x.mp4", "a person opens the door and walks away.", 1.0, 3.0, None)
 

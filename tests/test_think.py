@@ -14,7 +14,7 @@ import sft
 import tasks
 import train
 from data import Sample
-from tools import plan
+from lab import plan
 
 SAMPLE = Sample("x", "x.mp4", "a person opens the door and walks away.", 2.0, 6.0, None)
 RIGHT = {"TVG": "2.0 to 6.0", "VC": SAMPLE.query, "AR": "walking", "VD": SAMPLE.query}

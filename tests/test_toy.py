@@ -12,7 +12,7 @@ import data
 import rewards
 import tasks
 import toy
-from support import video
+from engine import video
 
 
 @pytest.mark.parametrize("verb", toy.VERBS)

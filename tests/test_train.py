@@ -70,7 +70,7 @@ def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
 
 def test_micro_batches_are_one_batch(folder, warm, tmp_path):
     for name, size in (("whole", 0), ("parts", 1)):
-        train.main(config(folder, tmp_path / name, prompts_per_pass=size, steps=2))
+        train.main(config(folder, tmp_path / name, micro_batch_size=size, steps=2))
     whole, parts = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert any(row["grad_norm"] > 0 for row in whole)
     for a, b in zip(whole, parts):
@@ -102,7 +102,7 @@ def test_checkpointed_activations_and_a_frozen_tower(folder, warm, tmp_path, mon
     for sampling, reference and policy."""
     seen, embed = [], model.embed_patches
     monkeypatch.setattr(model, "embed_patches", lambda *args: seen.append(len(args[1])) or embed(*args))
-    runs = {"plain": {}, "recomputed": {"checkpoint_activations": True}, "frozen": {"freeze_vision": True}}
+    runs = {"plain": {}, "recomputed": {"gradient_checkpointing": True}, "frozen": {"freeze_vision": True}}
     calls = {}
     for name, flags in runs.items():
         seen.clear()
@@ -142,7 +142,7 @@ def test_vd_verbs_is_the_limit_of_the_reward(folder, warm, tmp_path, monkeypatch
 
     monkeypatch.setitem(tasks.TASKS, "VD", replace(tasks.TASKS["VD"], reward=reward))
     for number in (0, 3):
-        train.main(config(folder, tmp_path / f"{number}", tasks=["VD"], tvg_prob=0.0, steps=1, vd_verbs=number))
+        train.main(config(folder, tmp_path / f"{number}", tasks=["VD"], tvg_prob=0.0, steps=1, vd_max_verbs=number))
     assert limits == [0, 3] and rows(tmp_path / "3" / "metrics.jsonl")[0]["verbs_said"] == 2
 
 
@@ -176,7 +176,7 @@ def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path,
 
 @pytest.mark.parametrize("flags, words", [
     ({"tvg_prob": 1.5}, "--tvg_prob 1.5"), ({"group_size": 1}, "--group_size 1"), ({"tasks": ["XX"]}, "XX.*VC AR VD"),
-    ({"loss": "ppo"}, "--loss ppo: .*bnpo"), ({"scale_rewards": "batch"}, "--scale_rewards batch: .*std, none"),
+    ({"loss": "ppo"}, "--loss_type ppo: .*bnpo"), ({"scale_rewards": "batch"}, "--scale_rewards batch: .*std, none"),
     ({"prompts_per_step": 0}, "--prompts_per_step 0"), ({"model": "nowhere"}, "nowhere.*--model"),
     ({"annotations": "nowhere.txt"}, "nowhere.txt.*--annotations"), ({"videos": "nowhere"}, "nowhere.*--videos")])
 def test_wrong_flags_are_named(folder, warm, tmp_path, flags, words):
@@ -201,7 +201,7 @@ def sft_config(folder, output, **flags):
 
 @pytest.mark.processes
 def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
-    sft.main(sft_config(folder, tmp_path / "one", per_pass=2))
+    sft.main(sft_config(folder, tmp_path / "one", micro_batch_size=2))
     assert finish(start("sft", sft_config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
     one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two):

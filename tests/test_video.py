@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_count, frame_size, load
+from engine.video import MIN_PIXELS, TOTAL_PIXELS, Clip, VideoError, frame_count, frame_size, load
 
 STEP = 3   # grey levels between one frame and the next: frame i is shown as brightness 20 + 3 * i
 

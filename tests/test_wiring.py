@@ -27,7 +27,7 @@ import rewards
 import sft
 import tasks
 import train
-from support import video
+from engine import video
 
 FILM_FPS, LONGEST = 8, 16       # frames a second; seconds in which their grey rises from 0 to 255
 PIXELS = 16 * 28 * 28           # of a whole video that is worth cutting down
@@ -46,13 +46,13 @@ MEAN, STD = (torch.tensor(x) for x in ([0.48145466, 0.4578275, 0.40821073], [0.2
 
 # Two runs, every flag with another value: p off by 0.02, another seed, other tasks each change what the first one draws
 ALL_FLAGS = dict(steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_size=4, prompts_per_step=3,
-                 prompts_per_pass=2, beta=0.5, learning_rate=1e-3, warmup_steps=2, max_grad_norm=0.4, max_tokens=24,
+                 micro_batch_size=2, beta=0.5, learning_rate=1e-3, warmup_steps=2, max_grad_norm=0.4, max_tokens=24,
                  temperature=0.7, total_pixels=PIXELS)
 FROZEN = dict(steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts_per_step=2, learning_rate=1e-3,
-              max_grad_norm=1e3, max_tokens=17, total_pixels=PIXELS, freeze_vision=True, checkpoint_activations=True)
-NO_FIGURE = {"model", "annotations", "videos", "output", "allow_outside", "workers", "cache", "cache_gb", "video_limit",
+              max_grad_norm=1e3, max_tokens=17, total_pixels=PIXELS, freeze_vision=True, gradient_checkpointing=True)
+NO_FIGURE = {"model", "annotations", "videos", "output", "allow_outside", "workers", "cache", "cache_gb", "video_timeout",
              "save_every", "keep", "resume", "max_bad_steps", "tensorboard", "eval_annotations", "eval_every",
-             "eval_samples", "eval_videos", "vd_verbs", "loss", "scale_rewards", "updates", "clip", "think", "merge",
+             "eval_samples", "eval_videos", "vd_max_verbs", "loss", "scale_rewards", "updates", "clip", "think", "merge",
              "lora_rank", "cosine", "compile"}  # no say in it, or tested elsewhere
 
 
@@ -99,7 +99,7 @@ def watch(script, world, warm, name, **flags):
 
     def sample(policy, prompts, *args, **named):
         found = rollout(policy, prompts, *args, **named)
-        assert len(prompts) <= (config.prompts_per_pass or config.prompts_per_step)
+        assert len(prompts) <= (config.micro_batch_size or config.prompts_per_step)
         groups.extend(zip(prompts, found.completions, found.mask, found.logprobs))
         return found
 
@@ -194,7 +194,7 @@ def test_the_paper_s_values():
     """Defaults of train.py: p, batch and pixels are the paper's, the others those of docs/method.md's table."""
     said = dict(tvg_prob=0.8, tasks=["VC", "AR", "VD"], group_size=8, prompts_per_step=4, beta=0.04, learning_rate=1e-6,
                 max_tokens=1024, temperature=1.0, warmup_steps=0, max_grad_norm=1.0, freeze_vision=False,
-                prompts_per_pass=0, total_pixels=3584 * 28 * 28, loss="grpo", scale_rewards="std", updates=1)
+                micro_batch_size=0, total_pixels=3584 * 28 * 28, loss="grpo", scale_rewards="std", updates=1)
     defaults = vars(train.Config("model", "annotations", "videos", "output"))
     assert {name: defaults[name] for name in said} == said
 
@@ -347,7 +347,7 @@ def epochs(world, warm):
     found = []
     for seed, steps, size in ((1, 2, 1), (17, 1, 0)):
         run = watch(train, world, warm, f"epochs{seed}", steps=steps, seed=seed, tvg_prob=1.0, prompts_per_step=8,
-                    prompts_per_pass=size, group_size=2, beta=0.0, learning_rate=1e-12, max_tokens=8, temperature=2.0,
+                    micro_batch_size=size, group_size=2, beta=0.0, learning_rate=1e-12, max_tokens=8, temperature=2.0,
                     total_pixels=PIXELS)
         found += zip(run.metrics, ({row["id"]: completions.tolist() for row, _, completions, *_ in groups}
                                    for groups in run.steps))
@@ -383,7 +383,7 @@ def test_sft_by_hand(world, warm, plain, tokenizer):
             ("big:3", "VD", "rising."), ("clock:4", "VC", "the square grows."), ("clock:5", "TVG", "from 1 to 3")]
     lines = [json.dumps({"id": id, "task": task, "completion": text}) + "\n" for id, task, text in said]
     (world / "said.jsonl").write_text("".join(lines))
-    run = watch(sft, world, warm, "sft", steps=2, batch_size=5, per_pass=2, learning_rate=1e-3, max_grad_norm=0.4,
+    run = watch(sft, world, warm, "sft", steps=2, batch_size=5, micro_batch_size=2, learning_rate=1e-3, max_grad_norm=0.4,
                 demonstrations=str(world / "said.jsonl"), total_pixels=PIXELS)
     encoder, load = model.load(str(warm))[1], partial(video.load, total_pixels=PIXELS)
     assert_adamw(run.moves, [1e-3, 0.55e-3], plain()[1])

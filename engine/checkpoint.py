@@ -27,11 +27,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from support import launch, lora
+from engine import distributed, files, lora
+from engine.run import occupied
 
-MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_limit", "steps", "save_every", "keep", "resume",
-              "prompts_per_pass", "per_pass", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "checkpoint_activations", "compile", "merge", "eval_every", "eval_videos",
+MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_timeout", "steps", "save_every", "keep", "resume",
+              "micro_batch_size", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
+              "gradient_checkpointing", "merge", "eval_every", "eval_videos",
               "tensorboard"}    # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
@@ -60,7 +61,7 @@ def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.O
     unfinished = folder.with_name(folder.name + ".tmp")
     if first:
         discard(*folder.parent.glob("*.tmp"), folder)
-    launch.gather([])       # none has begun to write what is deleted here
+    distributed.gather([])       # none has begun to write what is deleted here
     content = tensors(policy, optimizer)
     writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True, fqn_to_index_mapping={
         name: 1 + i // TENSORS_A_FILE for i, name in enumerate(content)})
@@ -74,16 +75,16 @@ def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.O
                       f"{newest(folder.parent.parent) or 'the beginning'}") from error
     state = {**state, "crc32": checksums(unfinished)}
     if first:
-        launch.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
+        files.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
         os.replace(unfinished, folder)
         discard(*finished(folder.parent.parent)[:-keep])
-    launch.gather([])       # nobody goes on, or ends, before it has its name
+    distributed.gather([])       # nobody goes on, or ends, before it has its name
 
 
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each safetensors file of a checkpoint, of which every process reads its share."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    launch.gather([])       # all are written
+    distributed.gather([])       # all are written
     mine = []
     for path in sorted(folder.glob("*.safetensors"))[rank::world]:
         value = 0
@@ -91,7 +92,7 @@ def checksums(folder: Path) -> dict[str, int]:
             while part := file.read(2 ** 24):
                 value = zlib.crc32(part, value)
         mine.append((path.name, value))
-    return dict(sorted(launch.gather(mine)))
+    return dict(sorted(distributed.gather(mine)))
 
 
 def discard(*folders: Path) -> None:
@@ -168,7 +169,7 @@ class Run:
         for name, least in (("save_every", 0), ("keep", 1), ("max_bad_steps", 1)):
             if getattr(config, name) < least:
                 raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
-        in_use, self.start = launch.gather([(launch.occupied(self.output), newest(self.output))])[0]
+        in_use, self.start = distributed.gather([(occupied(self.output), newest(self.output))])[0]
         if in_use and not config.resume:
             raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
                              "another folder")
@@ -207,7 +208,7 @@ class Run:
 
     def count(self, step: int, numbers: dict) -> dict:
         """The numbers of a step, and how many steps so far were skipped because such numbers were not finite."""
-        bad = launch.not_finite(numbers)
+        bad = files.not_finite(numbers)
         if bad:
             self.bad_steps += 1
             self.bad_in_a_row.append(f"{' and '.join(bad)} in step {step}")
@@ -225,7 +226,7 @@ class Run:
                              f"{self.config.max_bad_steps} in a row. " + (
                                  f"Go back to {back} with --resume and a lower --learning_rate, or further by deleting "
                                  "it" if back else "There is no checkpoint yet; try a lower --learning_rate"))
-        stopping = any(launch.gather([stop.is_set()]))
+        stopping = any(distributed.gather([stop.is_set()]))
         every = self.config.save_every
         last = stopping or self.step == self.config.steps
         # none on the way through bad steps, so that the newest one is from before the trouble
@@ -234,21 +235,3 @@ class Run:
                      "files": self.files, "config": asdict(self.config)}
             write(self.output / "checkpoints" / f"step_{self.step:06d}", state, policy, optimizer, self.config.keep)
         return stopping
-
-
-def rewind(path: str | Path, step: int, gaps: bool = False) -> None:
-    """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written
-    again. Says so when lines of steps before it are missing, unless it has `gaps`."""
-    lines, last = [], -1
-    for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
-        try:
-            written = json.loads(line)["step"]
-            if not line.endswith("\n") or not 0 <= written < step:
-                break
-        except (ValueError, KeyError, TypeError, RecursionError):
-            break
-        lines.append(line)
-        last = written
-    if last < step - 1 and not gaps:
-        launch.say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is behind")
-    launch.write_whole(path, "".join(lines))

@@ -21,9 +21,9 @@ import data
 import evaluate
 import tasks
 from data import Sample
-from support import loader, pyav, stream, video
-from support.loader import Worker
-from support.video import Clip, VideoError, load
+from engine import loader, video, video_times
+from engine.loader import Worker
+from engine.video import Clip, VideoError, load
 
 ECHO = SimpleNamespace(encode=lambda text, clip: clip)      # in place of an encoder
 VP9 = {"codec": "libvpx-vp9", "encoder": {"cpu-used": "8", "b": "0"}}
@@ -113,7 +113,7 @@ def test_training_replaces_them():
                                                                                         ("late", (20.0, 23.0)))]
     make = lambda each: tasks.prepare(each, tasks.TASKS["AR"], ECHO, lambda *part: clip)
     for index in range(4):
-        picked = stream.pick(samples, index, 0, make)
+        picked = batches.pick(samples, index, 0, make)
         assert picked.item.id == "good" and all("nothing from 20 to 23 s" in str(error) for error in picked.errors)
 
 
@@ -205,7 +205,7 @@ def test_reference_frames_that_are_never_shown(tmp_path):
                     target.mux(again)
     with av.open(str(path)) as file:
         assert sum(packet.size > 0 for packet in file.demux(video=0)) == 36
-    track = pyav.survey(path)
+    track = video_times.survey(path)
     assert np.allclose(track.times, np.arange(30) / 10, atol=1e-3)
     clip = load(path, fps=10)
     assert shown(clip, 7) == list(range(30)) and clip.duration == pytest.approx(3.0)
@@ -219,17 +219,17 @@ def test_times_are_those_that_pyav_decodes(tmp_path, name, codec):
     path = write(tmp_path / name, times, clock=50, codec=codec, size=(32, 32), step=5)
     with av.open(str(path)) as file:
         truth = np.array([frame.time for frame in file.decode(video=0)])
-    track = pyav.survey(path)
+    track = video_times.survey(path)
     assert np.allclose(track.times, truth - truth[0], atol=1e-6) and np.allclose(track.times, times[:-1], atol=2e-3)
     middles = (track.times + np.append(track.times[1:], track.end)) / 2
-    pictures = list(pyav.frames(track, np.repeat(middles, 2)))
+    pictures = list(video_times.frames(track, np.repeat(middles, 2)))
     assert all(pictures[i] is pictures[i + 1] for i in range(0, 80, 2))
     truth = [frame.to_ndarray(format="rgb24") for frame in av.open(str(path)).decode(video=0)]
     assert all((a == b).all() for a, b in zip(pictures[::2], truth, strict=True))
     reader = video.agreeing(track)
     assert (reader is not None) == (name in ("a.mp4", "a.mkv"))
     if reader:
-        found = video.by_decord(reader, np.arange(40), pyav.nothing)
+        found = video.by_decord(reader, np.arange(40), video_times.nothing)
         assert all((a == b).all() for a, b in zip(found, truth, strict=True))
 
 
@@ -267,7 +267,7 @@ def test_times_are_used_if_they_make_sense(monkeypatch, pts, dts, more, times, e
         __exit__ = lambda self, *error: None
 
     monkeypatch.setattr(av, "open", lambda *args, **options: Opened())
-    track = pyav.survey("x")
+    track = video_times.survey("x")
     assert np.allclose(track.times, times) and track.end == pytest.approx(end)
     assert track.zero == (None if zero is None else pytest.approx(zero))
 
@@ -284,16 +284,16 @@ def test_no_track_no_frames(tmp_path):
 
 def test_many_lost_frames_are_a_broken_file_and_few_are_not(tmp_path, monkeypatch):
     path = write(tmp_path / "a.ts", constant(10, 3), (64, 64), step=6)
-    track, whole = pyav.survey(path), pyav.decoded
+    track, whole = video_times.survey(path), video_times.decoded
     for lost, broken in ((3, False), (6, True)):
-        monkeypatch.setattr(pyav, "decoded", lambda *args: (item for i, item in enumerate(whole(*args))
+        monkeypatch.setattr(video_times, "decoded", lambda *args: (item for i, item in enumerate(whole(*args))
                                                             if not 10 <= i < 10 + lost))
         if broken:
-            with pytest.raises(pyav.Unreadable, match="frames before 1.5.* s are lost"):
-                list(pyav.frames(track, [0.5, 1.55]))
+            with pytest.raises(video_times.Unreadable, match="frames before 1.5.* s are lost"):
+                list(video_times.frames(track, [0.5, 1.55]))
         else:
-            assert len(list(pyav.frames(track, [0.5, 1.25, 2.0]))) == 3
-    monkeypatch.setattr(pyav, "decoded", lambda *args: iter(()))
+            assert len(list(video_times.frames(track, [0.5, 1.25, 2.0]))) == 3
+    monkeypatch.setattr(video_times, "decoded", lambda *args: iter(()))
     with pytest.raises(VideoError, match="none of its frames can be decoded"):
         load(path)
 
@@ -375,7 +375,7 @@ def test_the_limit_is_on_no_progress():
     assert bytes(frames.numpy()) == b"ab" and fps == 3 and time.perf_counter() - began > 0.9
     thread = threading.Thread(target=answer, args=[b"{}\n"])
     thread.start()
-    with pytest.raises(video.VideoTimeout, match="a: decoding stood still for 0.4 s.*--video_limit"):
+    with pytest.raises(video.VideoTimeout, match="a: decoding stood still for 0.4 s.*--video_timeout"):
         worker.ask({"path": "a"})
     thread.join()
     ours.close(), theirs.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.launch import command_line
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -19,9 +20,8 @@ import model
 import rewards
 import tasks
 from data import Sample
-from support import folders, video
-from support.launch import command_line
-from support.video import Clip
+from engine import video
+from engine.video import Clip
 
 ROOT = Path(__file__).parent.parent
 CLIP = Clip(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), 2.0)

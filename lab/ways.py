@@ -23,9 +23,9 @@ from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditiona
 
 import grpo
 import model
-from support import video
-from support.attention import Decoding, Packed
-from support.launch import flag
+from engine import video
+from engine.attention import Decoding, Packed
+from engine.flags import flag
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

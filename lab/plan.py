@@ -1,6 +1,6 @@
 """What a step costs, on paper: parameters, operations and memory of a model of given shape, without running it.
 
-    python -m tools.plan --model Qwen/Qwen2.5-VL-3B-Instruct --gpus 8 --gpu_memory 40 --prompts_per_step 8
+    python -m lab.plan --model Qwen/Qwen2.5-VL-3B-Instruct --gpus 8 --gpu_memory 40 --prompts_per_step 8
 
 Of a model it reads config.json alone; the published 3B and 7B are known here, so nothing is downloaded for them.
 
@@ -19,10 +19,8 @@ from transformers import Qwen2_5_VLConfig
 
 import model
 import tasks
-from support import decoding, hub, launch, lora, video
-from support.compiled import padded
-from support.decoding import cache_bytes, joined_bytes, work_bytes
-from support.launch import flag
+from engine import flags, hub, lora, video
+from engine.flags import flag
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
 PUBLISHED = {"Qwen/Qwen2.5-VL-3B-Instruct": dict(
@@ -48,16 +46,15 @@ class Config:
     tflops: float = flag(TFLOPS, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
     group_size: int = flag(8, "G, and so on: flags of train.py, with its defaults")
     prompts_per_step: int = flag(4, "prompts in the global batch")
-    prompts_per_pass: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
+    micro_batch_size: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
     think: bool = flag(True, "thoughts before the answer")
     max_tokens: int = flag(None, "longest completion, by default 1024, without thoughts 64; all count as that long")
     total_pixels: int = flag(video.TOTAL_PIXELS, "pixels of all frames of a video")
     beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
-    updates: int = flag(1, "AdamW steps a rollout")
+    num_iterations: int = flag(1, "AdamW steps a rollout")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights; 0: train all weights")
-    checkpoint_activations: bool = flag(False, "keep less for the backward pass and compute it again")
-    compile: bool = flag(False, "sample through torch.compile, without launching kernels one by one")
+    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again")
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
     seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
     text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
@@ -137,10 +134,37 @@ def operations(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int]
     return phases
 
 
-def token_seconds(config: Qwen2_5_VLConfig, compiled: bool = False) -> float:
-    """A token of any number of rows, as far as they are few enough: the weights are read, and unless compiled, kernels
-    are launched one by one; added, as if the two did not overlap."""
-    launches = 0 if compiled else config.text_config.num_hidden_layers * KERNELS * LAUNCH
+def cache_bytes(config: Qwen2_5_VLConfig, prompt: int, rows: int, tokens: int, size: int = 2) -> int:
+    """Keys and values while sampling, in numbers of `size` bytes: the prompt's once, and each row's in room for its
+    longest completion; `prompt` and `tokens` are lengths."""
+    text = config.text_config
+    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return 2 * size * text.num_hidden_layers * kv * (prompt + rows * tokens)
+
+
+def joined_bytes(config: Qwen2_5_VLConfig, size: int = 2) -> int:
+    """The copies of each layer's query, key and value weights side by side, made for sampling (engine.sampling)."""
+    text = config.text_config
+    kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return size * text.num_hidden_layers * text.hidden_size * (text.hidden_size + 2 * kv)
+
+
+def work_bytes(config: Qwen2_5_VLConfig, prompt: int) -> int:
+    """What a layer works with while a prompt runs: its widest part, four times, in bf16."""
+    return 2 * 4 * prompt * config.text_config.intermediate_size
+
+
+def prompts_that_fit(config: Qwen2_5_VLConfig, room: float, prompt: int, rows: int, tokens: int) -> int:
+    """How many prompts of so many tokens, with `rows` completions each, can be sampled at once in `room` bytes, which
+    the weights have left."""
+    one = cache_bytes(config, prompt, rows, tokens) + work_bytes(config, prompt)
+    return max(0, int(room - joined_bytes(config)) // one)
+
+
+def token_seconds(config: Qwen2_5_VLConfig) -> float:
+    """A token of any number of rows, as far as they are few enough: the weights are read, and kernels are
+    launched one by one; added, as if the two did not overlap."""
+    launches = config.text_config.num_hidden_layers * KERNELS * LAUNCH
     return 2 * parameters(config)["total"] / BANDWIDTH + launches
 
 
@@ -172,10 +196,9 @@ def activation_bytes(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int
 
 def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], group_size: int, tokens: int, gpus: int,
            prompts: int = 1, reference: bool = True, freeze_vision: bool = False, recompute: bool = False,
-           size: int = 2, rank: int = 0, compile: bool = False) -> dict[str, dict[str, float]]:
+           size: int = 2, rank: int = 0) -> dict[str, dict[str, float]]:
     """{phase: {part: bytes}} on each of `gpus` GPUs with `prompts` prompts a pass; "always" adds to each other.
-    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights; `compile`: keys and
-    values have a place of their own that stays."""
+    `size`: bytes of the numbers that are computed with; `rank`: of adapters, 0 trains all weights."""
     sizes, text = parameters(config), config.text_config
     spread = sizes["total"]                                                                 # over the GPUs by FSDP
     trained = spread - (sizes["vision"] if freeze_vision else 0)
@@ -191,9 +214,7 @@ def memory(config: Qwen2_5_VLConfig, prompt: int, grid: tuple[int, int, int], gr
         "always": {"frozen weights, bf16": 2 * sizes["total"] if rank else 0,
                    "adapters, fp32" if rank else "master weights, fp32": 4 * spread / gpus,
                    "AdamW states, fp32": 8 * trained / gpus, "gradients, fp32": 4 * trained / gpus,
-                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0,
-                   "KV cache, compiled": compile * prompts * cache_bytes(config, padded(prompt), group_size, tokens,
-                                                                         size)},
+                   "reference, bf16": 2 * sizes["total"] / gpus if reference and not rank else 0},
         "sampling": {"gathered weights, bf16": 2 * spread,
                      "KV cache": prompts * cache_bytes(config, prompt, group_size, tokens, size),
                      "q, k, v weights joined": 0 if rank else joined_bytes(config, size),
@@ -212,8 +233,8 @@ def peak(parts: dict[str, dict[str, float]]) -> float:
 
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    launch.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
-                         "samples", "seconds", "updates")
+    flags.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
+                         "samples", "seconds", "num_iterations")
     if config.group_size < 2:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     lora.check_rank(config.lora_rank)
@@ -246,16 +267,16 @@ def report(config: Config) -> str:
     qwen = config_of(config.model)
     prompt, grid = usual_prompt(config.seconds, config.total_pixels, config.text_tokens)
     mine = math.ceil(config.prompts_per_step / gpus)
-    at_once = min(config.prompts_per_pass or mine, mine)
+    at_once = min(config.micro_batch_size or mine, mine)
     room = config.gpu_memory * 1e9 - LIBRARIES
     need = lambda size, recompute: memory(qwen, prompt, grid, size, tokens, gpus, at_once, beta > 0, freeze, recompute,
-                                          rank=rank, compile=config.compile)
+                                          rank=rank)
 
     def largest(recompute: bool) -> str:
         fits = [size for size in range(2, 257) if peak(need(size, recompute)) <= room]
         return f"{fits[-1]}{' or more' if fits[-1] == 256 else ''}" if fits else "none"
 
-    parts, sizes = need(config.group_size, config.checkpoint_activations), parameters(qwen)
+    parts, sizes = need(config.group_size, config.gradient_checkpointing), parameters(qwen)
     total = peak(parts)
     lines = [f"{config.model}: {sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision "
              "tower",
@@ -273,17 +294,17 @@ def report(config: Config) -> str:
         lines += [f"  {phase:10} {part:26}{size / 1e9:8.2f}" for part, size in of.items() if size]
     lines += [f"  {'at most':10} {'always + largest phase':26}{total / 1e9:8.2f}, and {LIBRARIES / 1e9:g} for CUDA",
               f"{'fits' if total <= room else 'DOES NOT FIT'} into {config.gpu_memory:g} GB; the largest group that "
-              f"fits: {largest(config.checkpoint_activations)}"
-              + ("" if config.checkpoint_activations else f", with --checkpoint_activations {largest(True)}")]
+              f"fits: {largest(config.gradient_checkpointing)}"
+              + ("" if config.gradient_checkpointing else f", with --gradient_checkpointing {largest(True)}")]
     weights = sum(parts["always"].values()) + parts["sampling"]["gathered weights, bf16"]
-    fit = lambda used, size: decoding.prompts_that_fit(qwen, room - used, prompt, size, tokens)
+    fit = lambda used, size: prompts_that_fit(qwen, room - used, prompt, size, tokens)
     prompts, queries = fit(weights, config.group_size), fit(2 * sizes["total"], 1)
     lines.append(f"beside the weights {prompts * config.group_size} rows can be sampled at once, {prompts} prompts of "
                  f"{config.group_size} (scoring may need more); in evaluation {queries} queries, if as long")
-    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, rank > 0, config.updates)
+    phases = operations(qwen, prompt, grid, config.group_size, tokens, beta > 0, freeze, rank > 0, config.num_iterations)
     work = {phase: mine * sum(of.values()) / (config.tflops * 1e12) for phase, of in phases.items()}        # seconds
-    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * token_seconds(qwen, config.compile))
-    work["policy"] *= 1 + 1 / (2 if rank else 3) if config.checkpoint_activations else 1
+    work["decode"] = max(work["decode"], math.ceil(mine / at_once) * tokens * token_seconds(qwen))
+    work["policy"] *= 1 + 1 / (2 if rank else 3) if config.gradient_checkpointing else 1
     hours = sum(work.values()) * config.samples / config.prompts_per_step / 3600
     flop = sum(sum(of.values()) for of in phases.values()) * config.prompts_per_step
     lines += ["", f"{flop / 1e12:.0f} TFLOP a step, "
@@ -291,9 +312,7 @@ def report(config: Config) -> str:
               f"{hours:.0f} hours an epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s a GPU, and "
               f"weights read once a token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
               "most 312 and 1.6 to 2)"]
-    if not config.compile:
-        lines[-1] += (f", and {KERNELS} kernels a layer and token launched in {LAUNCH * 1e6:g} us each (measured on a "
-                      "CPU)")
+    lines[-1] += f", and {KERNELS} kernels a layer and token launched in {LAUNCH * 1e6:g} us each (measured on a CPU)"
     return "\n".join(lines)
 
 
@@ -303,4 +322,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, main, __doc__)
+    flags.command_line(Config, main, __doc__)

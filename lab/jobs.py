@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import launch
+from engine import logs
+from engine.run import stop_signals
 
 
 @dataclass
@@ -45,7 +46,7 @@ def run(jobs: list[Job], at_once: int, threads: int, finish: Callable[[Job], str
             process = subprocess.Popen(commands[0], stdout=log, stderr=log, env=environment, start_new_session=True)
         running[process] = job, commands[1:]
 
-    with launch.stop_signals() as stop:
+    with stop_signals() as stop:
         while waiting or running:
             lost = [job for job in waiting if job.needs and job.needs.name in failed]
             failed += [job.name for job in lost]
@@ -66,13 +67,13 @@ def run(jobs: list[Job], at_once: int, threads: int, finish: Callable[[Job], str
                 job, left = running.pop(process)
                 if process.returncode:
                     failed.append(job.name)
-                    launch.say(f"{job.name}: FAILED with exit code {process.returncode}: {last_line(job.log)}")
+                    logs.say(f"{job.name}: FAILED with exit code {process.returncode}: {last_line(job.log)}")
                 elif left:
                     start(job, left)
                 else:
                     said, ended = finish(job), len(jobs) - len(waiting) - len(running) - len(failed)
                     rest = (time.monotonic() - began) / ended * (len(waiting) + len(running)) / 60
-                    launch.say(f"{ended}/{len(jobs)} {job.name}: {said}, {time.monotonic() - job.begun:.0f} s; "
+                    logs.say(f"{ended}/{len(jobs)} {job.name}: {said}, {time.monotonic() - job.begun:.0f} s; "
                                f"about {rest:.0f} minutes left")
     return failed
 

@@ -7,9 +7,8 @@ import time
 import pytest
 
 import rewards
-from support import answers
 
-READ = [        # the table in support/answers.py, and more
+READ = [        # the table in engine/predictions.py, and more
     ("3.2 TO 9.1", (3.2, 9.1)), ("3.2 until 9.1", (3.2, 9.1)), ("3.2s till 9.1", (3.2, 9.1)), ("3 through 9", (3, 9)),
     ("**3.2** to **9.1**", (3.2, 9.1)), ("`3.2` to _9.1_", (3.2, 9.1)), ("__3.2__ - __9.1__ s", (3.2, 9.1)),
     ("12.5s - 17.8s", (12.5, 17.8)), ("12.5–17.8", (12.5, 17.8)), ("12.5 ~ 17.8 sec", (12.5, 17.8)),
@@ -42,17 +41,17 @@ NOTHING = ["10 - 20 %", "10-20% of the video", "10% - 20%", "24 - 48 frames", "f
 def test_forms_of_an_answer(text, span):
     for whole in (text, f"<think>1 to 2, [5, 6]</think> <answer>{text}</answer>", f"<think>[5, 6]</think>\n{text}",
                   f"<answer>8 - 9</answer> no: <answer> {text}", f"<answer>\n{text}\n</answer> or 5 - 6"):
-        assert answers.lenient(whole) == pytest.approx(span), whole
+        assert predictions.lenient(whole) == pytest.approx(span), whole
 
 
 @pytest.mark.parametrize("text", NOTHING)
 def test_what_is_not_seconds_is_not_read(text):
-    assert answers.lenient(text) is answers.lenient(f"5 - 6 <answer>{text}</answer>") is None
+    assert predictions.lenient(text) is predictions.lenient(f"5 - 6 <answer>{text}</answer>") is None
 
 
 @pytest.mark.parametrize("text", ["2.5 to 8", "2.5s to 8 seconds.", "between 2.5 and 8", "from 2.5 to 8 in the video"])
 def test_what_training_reads_is_read_alike(text):
-    assert answers.lenient(text) == rewards.segment(text) == (2.5, 8)
+    assert predictions.lenient(text) == rewards.segment(text) == (2.5, 8)
 
 
 @pytest.mark.parametrize("piece", ["1 to ", "1 ", "1", "1,", "1:", "1:1", "[1, ", "(", "start 1 ", "start ",
@@ -60,14 +59,14 @@ def test_what_training_reads_is_read_alike(text):
                                    "_", "*", "'", "<answer>", "1 and ", "frames ", "start: 1 end", "1 to 2 x", "a_"])
 def test_reading_takes_linear_time(piece):
     began = time.process_time()
-    answers.lenient(piece * (100_000 // len(piece))), answers.lenient("1" + piece * (100_000 // len(piece)) + "2 - x")
+    predictions.lenient(piece * (100_000 // len(piece))), predictions.lenient("1" + piece * (100_000 // len(piece)) + "2 - x")
     assert time.process_time() - began < 5      # a quadratic pattern takes minutes
 
 
 def read(tmp_path, *rows):
     (tmp_path / "p.jsonl").write_bytes(rows[0] if isinstance(rows[0], bytes) else
                                        "\n".join(map(json.dumps, rows)).encode())
-    found = answers.read(str(tmp_path / "p.jsonl"), rewards.segment)
+    found = predictions.read(str(tmp_path / "p.jsonl"), rewards.segment)
     return [(row["start"], row["end"], row["lenient"]) for row in found]
 
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from support import lookup
+from engine import video_folder
 
 
 @pytest.mark.parametrize("video, expected", [
@@ -20,4 +20,4 @@ def test_finds_videos_inside_the_folder_only(tmp_path, video, expected):
         (folder / name).write_bytes(b"x")
     os.symlink(folder, folder / "loop")
     os.symlink(tmp_path / "elsewhere", folder / "link")
-    assert lookup.finder(str(folder))(video) == str(folder / expected)
+    assert video_folder.finder(str(folder))(video) == str(folder / expected)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from support.loader import Loader
-from support.video import VideoError
+from engine.loader import Loader
+from engine.video import VideoError
 
 
 class Picked(NamedTuple):

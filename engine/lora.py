@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from support import folders
-from support.folders import FLOATS, ModelError, brief
-from support.hub import local_folder
+from engine import model_folder
+from engine.hub import local_folder
+from engine.model_folder import FLOATS, ModelError, brief
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -34,7 +34,7 @@ NOT_IN = r"model\.visual\..*"               # where layers have the same names
 KEPT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")       # of another adapter's config
 LEARNED, START = "default", "start"         # peft's names of the adapters that learn, and of those training began with
 PREFIX = "base_model.model."                # of peft's names in a file
-peft_config = partial(folders.read_json, name=CONFIG, way_out="copy it again")
+peft_config = partial(model_folder.read_json, name=CONFIG, way_out="copy it again")
 
 
 def base(folder: str) -> str:
@@ -62,13 +62,13 @@ def files(folder: str, pattern: str = "*") -> list[Path]:
 
 
 def check_folder(folder: str) -> None:
-    """As folders.check_folder, of adapters and their model, too."""
+    """As model_folder.check_folder, of adapters and their model, too."""
     folder = local_folder(folder)
     if (model := base(folder)) != folder:
         if (kind := peft_config(folder).get("peft_type")) != "LORA":
             raise ModelError(f"{folder}: its {CONFIG} is of {kind!r}, not 'LORA'; merge it into its model with peft")
         try:
-            folders.check_file(Path(folder, WEIGHTS))
+            model_folder.check_file(Path(folder, WEIGHTS))
             with safe_open(Path(folder, WEIGHTS), "pt") as file:            # the header must fit the file's size
                 odd = {file.get_slice(name).get_dtype() for name in file.keys()} - FLOATS
         except (SafetensorError, OSError) as error:
@@ -76,7 +76,7 @@ def check_folder(folder: str) -> None:
         if odd:
             raise ModelError(f"{folder}: its {WEIGHTS} has weights that are no numbers of floating point "
                              f"({', '.join(sorted(odd))}); copy it again")
-    folders.check_folder(model)
+    model_folder.check_folder(model)
 
 
 def check_rank(rank: int) -> None:

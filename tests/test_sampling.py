@@ -14,9 +14,9 @@ import ground
 import grpo
 import model
 import train
-from support import compiled, lora
-from support.incremental import Step
-from tools import ways
+from engine import compiled, lora
+from engine.sampling import Step
+from lab import ways
 
 HEADS = [(2, 1), (4, 2), (4, 4), (6, 2), (3, 1)]        # attention heads and key heads
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from support import launch, plot
+from engine import files, logs, plot
 
 MEASURES = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", "VC", "AR", "VD", "narrated")
 KEY = ("world", "seed", "arm", "flags")
@@ -100,7 +100,7 @@ def write(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: tuple(row[name] for name in KEY)))
-    launch.write_whole(path, text.getvalue())
+    files.write_whole(path, text.getvalue())
 
 
 def of_arm(rows: list[dict], world: str, arm: str, measure: str) -> dict[int, float]:
@@ -321,6 +321,6 @@ def write_report(output: Path, rows: list[dict], experiments: dict[str, Experime
         runs=sum(row["steps"] > 0 for row in rows), starts=sum(row["steps"] == 0 for row in rows), commits=commits,
         seeds=len({row["seed"] for row in rows}), hours=f"{sum(row['seconds'] for row in rows) / 3600:.1f}",
         machines=machines)
-    launch.write_whole(output / "RESULTS.md", "\n\n".join(
+    files.write_whole(output / "RESULTS.md", "\n\n".join(
         [head, "## The claims", claims_table(claims, rows), *parts, FAILED_WORLDS, *notes]) + "\n")
-    launch.say(f"written: {output / 'RESULTS.md'}")
+    logs.say(f"written: {output / 'RESULTS.md'}")

@@ -1,6 +1,6 @@
 """What a new token costs in sampling, and whether waiting queries should take the place of rows that have stopped.
 
-`python -m tools.bench --decode` runs this: ours, ours through torch.compile, ours through transformers' layers (plain:
+`python -m lab.bench --decode` runs this: ours, ours through torch.compile, ours through transformers' layers (plain:
 the oracle of the tests), and transformers' `generate` on the same weights and prompt, in turns and in one process. All
 decode greedily, and nothing stops a row. A token's time is that between two calls of the head, so prompts do not count.
 
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-from support.decoding import rows_to_keep
-from support.video import TOTAL_PIXELS
-from tools import plan
-from tools.ways import DEVICE, Sizes, as_published, build, make_prompts, plainly, repeat, shape
+from engine.sampling import rows_to_keep
+from engine.video import TOTAL_PIXELS
+from lab import plan
+from lab.ways import DEVICE, Sizes, as_published, build, make_prompts, plainly, repeat, shape
 
 NARROW = dict(hidden=64, layers=36, vision_hidden=64, vision_depth=1, vocabulary=512, grids=4, side=56, text=16,
               prompts=1, group_size=8, max_tokens=64, model="")
@@ -41,17 +41,10 @@ class Decoders:
         self.sizes, self.policy, self.published = sizes, build(sizes), build(sizes)
         self.prompts = make_prompts(sizes, self.policy.qwen.config)
         as_published(self.published.qwen)
-        self.ways = {"ours": self.ours, "compiled": self.compiled, "plain": self.plain, "generate": self.generate}
+        self.ways = {"ours": self.ours, "plain": self.plain, "generate": self.generate}
 
     def ours(self, tokens: int) -> Tensor:
         return grpo.rollout(self.policy, self.prompts, self.sizes.group_size, tokens, [-1]).completions
-
-    def compiled(self, tokens: int) -> Tensor:
-        self.policy.compiled = True
-        try:
-            return self.ours(tokens)
-        finally:
-            self.policy.compiled = False
 
     def plain(self, tokens: int) -> Tensor:
         plainly(self.policy)

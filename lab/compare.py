@@ -1,7 +1,7 @@
 """Two evaluations of the same queries, query by query: the difference of every score and its 95 % interval.
 
-    python -m tools.compare A B                 A minus B; folders that evaluate.py wrote
-    python -m tools.compare A0 B0 A1 B1 ...     several pairs, such as seeds, and the mean over them
+    python -m lab.compare A B                 A minus B; folders that evaluate.py wrote
+    python -m lab.compare A0 B0 A1 B1 ...     several pairs, such as seeds, and the mean over them
 
 The interval is of a bootstrap over videos: it tells how sure the difference is for these two models, not for other
 seeds. What else a folder has in narrated.jsonl (of toy.py) is compared, too.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support import scores
+from engine import scores
 
 LEFT_OUT = {"start", "end"}         # numbers of a row that are no scores
 

@@ -22,24 +22,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
-MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-
-
-def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A file's text, which must be UTF-8, with or without a byte order mark; `errors` as in bytes.decode.
-
-    Raises OSError, or ValueError, which says what else the file is, but not its name."""
-    content = Path(path).read_bytes()
-    for start, name in MAGIC.items():
-        if content.startswith(start):
-            raise ValueError(f"it is compressed with {name}: unpack it first")
-    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), None)
-    if encoding is None and content[:1000].count(0) >= max(2, len(content[:1000]) // 4):
-        encoding = "UTF-16"                                 # without its mark: every second byte of ASCII is 0
-    if encoding:
-        raise ValueError(f"it is {encoding}: convert it first, as with iconv -f {encoding} -t UTF-8")
-    return content.decode("utf-8-sig", errors)
+from engine.files import read_text
 
 
 def time(number: str) -> str:

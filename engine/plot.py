@@ -1,6 +1,6 @@
 """Logs and answers -> pictures: how training went, and what the model answers before and after it.
 
-    python -m support.plot RUN_DIR [RUN_DIR ...] --output curves.png    folders that hold a metrics.jsonl, or such files
+    python -m engine.plot RUN_DIR [RUN_DIR ...] --output curves.png    folders that hold a metrics.jsonl, or such files
 """
 import argparse
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from support.video import Clip
+from engine.video import Clip
 
 plt.switch_backend("Agg")   # pictures are files; no display is needed
 plt.rc("axes.spines", top=False, right=False)

@@ -4,7 +4,7 @@
     python experiments.py table2 figure5 --worlds verbs --seeds 3           some of them
     python experiments.py table2 --model Qwen/Qwen2.5-VL-3B-Instruct --annotations charades_sta_train.txt \\
         --test charades_sta_test.txt --videos Charades_v1_480 --launch "torchrun --nproc_per_node=8" --seeds 1 \\
-        --train_flags "--prompts_per_step 8 --steps 3102 --checkpoint_activations"      on real data
+        --train_flags "--prompts_per_step 8 --steps 3102 --gradient_checkpointing"      on real data
     python experiments.py ... --dry             prints and plans the commands, runs none
     python experiments.py --report              RESULTS.md and its pictures from results.csv alone
 
@@ -32,12 +32,14 @@ import sft
 import tasks
 import toy
 import train
-from support import jobs, launch, plot, report, video
-from support.jobs import Job
-from support.launch import flag
-from support.report import START, Claim, Experiment
+from engine import logs, plot, video
+from engine.flags import check_numbers, command_line, flag
+from engine.run import one_run
+from lab import jobs, report
+from lab.jobs import Job
+from lab.report import START, Claim, Experiment
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 DATA = "data"       # the world of --annotations
 STEPS = {"verbs": 100, "edges": 40, "both": 40}     # of GRPO on the made-up worlds: what teachers are weak in
 
@@ -67,14 +69,14 @@ ARMS = {
     **{f"TVG + {a}, {b}": Arm(f"--tasks {a} {b}") for a, b in (("AR", "VD"), ("VC", "AR"), ("VC", "VD"))},
     **{f"p = {p}": Arm(f"--tvg_prob {p}") for p in (0.9, 0.6, 0.4, 0.2, 0)},
     "TVG alone, as many TVG steps": Arm("--tvg_prob 1 --steps {tvg_steps}"),
-    "cosine rewards": Arm("--cosine"),
+    "cosine rewards": Arm("--cosine_rewards"),
     "without Invert-SFT": Arm(start="--invert_sft false", watched=True),
     "answers alone": Arm("--think false", start="--think false", think=False),
-    "bnpo": Arm("--loss bnpo"),
-    "dr_grpo": Arm("--loss dr_grpo"),
+    "bnpo": Arm("--loss_type bnpo"),
+    "dr_grpo": Arm("--loss_type dr_grpo"),
     "no std": Arm("--scale_rewards none"),
-    "2 updates": Arm("--updates 2"),
-    "4 updates": Arm("--updates 4"),
+    "2 updates": Arm("--num_iterations 2"),
+    "4 updates": Arm("--num_iterations 4"),
     "beta 0": Arm("--beta 0"),
     "beta 0.04": Arm("--beta 0.04"),
     "G = 4": Arm("--group_size 4"),
@@ -139,8 +141,8 @@ CLAIMS = [
     Claim("ours", "reinforcement grounds better than imitating answers", (ALL,), ("SFT, answers alone",), ("both",),
           ("mIoU",))]
 
-PLANNED = ("group_size", "prompts_per_step", "prompts_per_pass", "think", "max_tokens", "total_pixels", "beta",
-           "updates", "freeze_vision", "lora_rank", "checkpoint_activations")     # what tools.plan asks of a run
+PLANNED = ("group_size", "prompts_per_step", "micro_batch_size", "think", "max_tokens", "total_pixels", "beta",
+           "num_iterations", "freeze_vision", "lora_rank", "gradient_checkpointing")     # what lab.plan asks of a run
 
 
 @dataclass
@@ -209,7 +211,7 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
         source, learn, judged = place / "model", place / "train.txt", place / "test.txt"
         own = flags(steps=steps, save_every=50, keep=1)
         if arm.script == "sft":
-            own += flags(demonstrations=place / "right.jsonl", batch_size=128, per_pass=16, learning_rate=1e-3)
+            own += flags(demonstrations=place / "right.jsonl", batch_size=128, micro_batch_size=16, learning_rate=1e-3)
         else:
             own += flags(max_tokens=longest, **{key: getattr(toy.Config, key) for key in (
                 "learning_rate", "beta", "prompts_per_step")})
@@ -286,12 +288,12 @@ def run_all(config: Config, runs: list[Run], path: Path) -> list[str]:
     for run in todo:
         run.commands = [typed(config, command) for command in run.commands]
     at_once = config.jobs or (1 if config.model else os.cpu_count())
-    launch.say(f"{len(todo)} of {len(runs)} runs to do, {at_once} at once")
+    logs.say(f"{len(todo)} of {len(runs)} runs to do, {at_once} at once")
     return jobs.run(todo, at_once, 0 if config.model else max(os.cpu_count() // at_once, 1), finish)
 
 
 def show(config: Config, runs: list[Run]) -> None:
-    """Print the commands; on real data each behind what tools.plan says of it."""
+    """Print the commands; on real data each behind what lab.plan says of it."""
     costs = {}
     for run in runs:
         note, parsed = "", parse(run.commands[0])
@@ -318,10 +320,10 @@ def processes(config: Config) -> int:
 
 
 def cost(asked: tuple[str, ...]) -> str:
-    """Memory and hours of a run, by tools.plan. Raises ValueError with its message where it cannot tell."""
-    done = subprocess.run([sys.executable, "-m", "tools.plan", *asked], cwd=ROOT, capture_output=True, text=True)
+    """Memory and hours of a run, by lab.plan. Raises ValueError with its message where it cannot tell."""
+    done = subprocess.run([sys.executable, "-m", "lab.plan", *asked], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError((done.stderr.strip() or "tools.plan failed").splitlines()[-1])
+        raise ValueError((done.stderr.strip() or "lab.plan failed").splitlines()[-1])
     memory = re.search(r"at most .*?([\d.]+), and", done.stdout)[1]
     fits, hours = re.search(r"^(fits|DOES NOT FIT) into \S+ GB", done.stdout, re.M)[0], re.search(
         r"^(\d+) hours", done.stdout, re.M)[1]
@@ -351,7 +353,7 @@ def draw_cases(runs: list[Run], world: str, path: Path) -> None:
 
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    launch.check_numbers(config, "seeds")
+    check_numbers(config, "seeds")
     for name, known in (("experiments", EXPERIMENTS), ("worlds", STEPS)):
         if wrong := [value for value in getattr(config, name) if value not in known]:
             raise ValueError(f"{' '.join(wrong)}: no such {name[:-1]}; choose from {', '.join(known)}")
@@ -361,7 +363,7 @@ def check_flags(config: Config) -> None:
                          f"--{next(name for name, there in given.items() if not there)}")
 
 
-@launch.one_run
+@one_run
 def main(config: Config) -> None:
     check_flags(config)
     runs, path, failed = plan_runs(config), Path(config.output, "results.csv"), []
@@ -379,11 +381,11 @@ def main(config: Config) -> None:
     watched = [name for name, arm in ARMS.items() if arm.watched]
     report.write_report(Path(config.output), rows, EXPERIMENTS, CLAIMS, PROBABILITIES, watched)
     if failed:
-        launch.say(f"failed: {', '.join(failed)}; the same command tries them again")
+        logs.say(f"failed: {', '.join(failed)}; the same command tries them again")
         sys.exit(1)
 
 
 if __name__ == "__main__":
     names = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
     sys.argv[1:1] = ["--experiments"] * bool(names)
-    launch.command_line(Config, main, __doc__)
+    command_line(Config, main, __doc__)

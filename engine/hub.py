@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 
-from support.folders import ModelError, brief
+from engine.model_folder import ModelError, brief
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]        # weights, configs, tokenizer, template
 CONFIGS = ["config.json", "adapter_config.json"]

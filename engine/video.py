@@ -13,7 +13,7 @@ The rules are those of Qwen2.5-VL (even number of frames, sides that are multipl
 Time 0 is where the file begins, as in a player: a video track that starts later than the sound shows its first frame
 until then. Where a file has no sound, or does not tell when its tracks start (raw streams), the first frame is time 0.
 
-PyAV tells which frames there are and when (pyav.py). Their pixels come from decord where it lists the same frames and
+PyAV tells which frames there are and when (video_times.py). Their pixels come from decord where it lists the same frames and
 times, else from PyAV, which reads all that FFmpeg does.
 
     clip = load("video.mp4")                 # clip.frames (T, 3, H, W), clip.fps, clip.duration
@@ -31,8 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support import pyav
-from support.pyav import EPSILON, on_display
+from engine import video_times
+from engine.video_times import EPSILON, on_display
 
 FACTOR = 28                      # pixels: patches of 14 x 14, merged 2 x 2
 TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
@@ -119,7 +119,7 @@ def beyond(duration: float, start: float, end: float, slack: float) -> str:
 
 def load(path: str | Path, start: float | None = None, end: float | None = None, fps: float = 2.0,
          total_pixels: int = TOTAL_PIXELS, min_pixels: int = MIN_PIXELS, max_frames: int = MAX_FRAMES,
-         tick: Callable[[], None] = pyav.nothing) -> Clip:
+         tick: Callable[[], None] = video_times.nothing) -> Clip:
     """Decode a video file, or its part from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
 
     Frames are upright: the rotation that phones write into a file is applied. One frame is held at full size beside
@@ -128,7 +128,7 @@ def load(path: str | Path, start: float | None = None, end: float | None = None,
     """
     require_file(path)
     try:
-        track = pyav.survey(os.path.abspath(path), tick)
+        track = video_times.survey(os.path.abspath(path), tick)
         begin, stop = max(start or 0.0, 0.0), track.end if end is None else min(end, track.end)
         if not begin < stop:
             raise VideoError(f"{path}: lasts {track.end:.2f} s, so it has no part from {start} to {end} s")
@@ -142,7 +142,7 @@ def load(path: str | Path, start: float | None = None, end: float | None = None,
                 if frame.shape[-2:] != size:   # on uint8, as the Qwen2.5-VL processor: rounded and clamped
                     frame = F.interpolate(frame, size=size, mode="bicubic", antialias=True)
             frames.append(frame)
-    except (av.FFmpegError, pyav.Unreadable) as error:
+    except (av.FFmpegError, video_times.Unreadable) as error:
         cause = getattr(error, "strerror", None) or error
         raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
                          "get it again or re-encode it with ffmpeg") from error
@@ -159,7 +159,7 @@ def require_file(path: str | Path) -> None:
         raise VideoError(f"{path}: may not be read by this user; change its permissions (chmod +r)")
 
 
-def decode(track: pyav.Track, moments: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
+def decode(track: video_times.Track, moments: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
     """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (h, w, 3); one that is shown at
     several is the same object each time."""
     done, reader = 0, agreeing(track)
@@ -171,10 +171,10 @@ def decode(track: pyav.Track, moments: np.ndarray, tick: Callable[[], None]) -> 
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError):
             pass                                    # PyAV tells whether it is the file's fault
     if done < len(moments):
-        yield from pyav.frames(track, moments[done:], tick)
+        yield from video_times.frames(track, moments[done:], tick)
 
 
-def agreeing(track: pyav.Track) -> decord.VideoReader | None:
+def agreeing(track: video_times.Track) -> decord.VideoReader | None:
     """decord's reader of a file, if it is of a kind that decord reads well and lists the frames and times of PyAV.
 
     Not so: it lists reference frames that are never shown in VP8 and VP9, misreads mpeg-ts and wmv, does without times
@@ -184,7 +184,7 @@ def agreeing(track: pyav.Track) -> decord.VideoReader | None:
             track.pixels > DECORD_PIXELS or os.path.getsize(track.path) > DECORD_BYTES:
         return None
     try:    # fault_tol: after as many frames replaced by their neighbours it raises
-        reader = decord.VideoReader(str(track.path), num_threads=1, fault_tol=pyav.FAULTS)
+        reader = decord.VideoReader(str(track.path), num_threads=1, fault_tol=video_times.FAULTS)
         times = np.asarray(reader.get_frame_timestamp(range(len(reader))), dtype=np.float64)[:, 0]   # (N,)
     except (decord.DECORDError, RuntimeError):
         return None

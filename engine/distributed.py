@@ -6,6 +6,7 @@ qwen.model.visual, and in FORWARDS the names of the methods that compute with it
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +17,37 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from support import launch, lora
+from engine import lora
+
+
+def start_process() -> tuple[int, int, str]:
+    """(rank, number of processes, device) of this process. torchrun sets the environment; without it one process
+    works alone, and on a GPU still through FSDP2, so that its weights are kept in fp32 and used in bf16."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size(), device
+    backend = "nccl" if device != "cpu" else "gloo"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(hours=4))    # evaluation meets only at its end
+    elif device != "cpu":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+
+def gather(mine: list) -> list:
+    """The lists of all processes as one, in the order of their ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def full_norm(norm: torch.Tensor) -> float:
+    """A gradient norm that may be spread over the processes, as a number."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 @cache      # the policy and the reference share its groups of processes
@@ -26,7 +57,7 @@ def mesh() -> DeviceMesh:
 
     Raises ValueError when the nodes differ in size."""
     world, device = dist.get_world_size(), "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = launch.gather([int(os.environ.get("LOCAL_WORLD_SIZE", world))])     # torchrun's
+    sizes = gather([int(os.environ.get("LOCAL_WORLD_SIZE", world))])     # torchrun's
     if len(set(sizes)) > 1:
         raise ValueError(f"--nproc_per_node differs between nodes ({sorted(set(sizes))}); "
                          "give every node's torchrun the same number")
@@ -73,7 +104,7 @@ def gathered(policy: nn.Module) -> Iterator[None]:
                     unit.reshard()
 
 
-def checkpoint_activations(policy: nn.Module) -> nn.Module:
+def gradient_checkpointing(policy: nn.Module) -> nn.Module:
     """Keep only the input of each decoder layer and vision block, and compute the rest again in the backward pass: less
     memory, and up to a third more time. Sampling, which has no backward pass, is as it was."""
     for block in (*policy.qwen.model.language_model.layers, *policy.qwen.model.visual.blocks):

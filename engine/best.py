@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from support import checkpoint, launch
+from engine import distributed, files, logs
 
 HIDDEN = ("R1>", "best_window", "event_", "un")      # begin the names of scores that the console has no room for
 
@@ -33,10 +33,10 @@ class Evaluations:
                 if not best.exists() and (self.output / name / "evaluation.jsonl").exists():
                     os.replace(self.output / name, best)
                 shutil.rmtree(self.output / name, ignore_errors=True)
-            checkpoint.rewind(self.output / "evaluations.jsonl", step + 1, gaps=True)
+            logs.rewind(self.output / "evaluations.jsonl", step + 1, gaps=True)
             read = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             found = [(read(self.output / "evaluations.jsonl"), read(best / "evaluation.jsonl"))]
-        (rows, kept), = launch.gather(found)
+        (rows, kept), = distributed.gather(found)
         self.done = {row["step"] for row in rows}
         self.best = max((row["mIoU"] for row in kept), default=-1.0)
 
@@ -53,12 +53,12 @@ class Evaluations:
             return
         best, new, old = (self.output / name for name in ("best", "best.new", "best.old"))
         if better:
-            launch.write_whole(new / "evaluation.jsonl", json.dumps(row) + "\n")
+            files.write_whole(new / "evaluation.jsonl", json.dumps(row) + "\n")
             if best.exists():       # a folder cannot replace another: whenever this is killed, one of them is whole
                 os.replace(best, old)
             os.replace(new, best)
             shutil.rmtree(old, ignore_errors=True)
-        launch.append(self.output / "evaluations.jsonl", [row])
+        files.append(self.output / "evaluations.jsonl", [row])
         shown = {key: value for key, value in row.items() if isinstance(value, float) and not key.startswith(HIDDEN)}
-        launch.say(f"after {row['step']} steps, held out: " + "  ".join(f"{key} {value:.3g}" for key, value in
+        logs.say(f"after {row['step']} steps, held out: " + "  ".join(f"{key} {value:.3g}" for key, value in
                                                                          shown.items()) + ", the best so far" * better)

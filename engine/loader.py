@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from support.cache import Cache
-from support.video import DECODER, Clip, VideoError, VideoTimeout, load, require_file
+from engine.cache import Cache
+from engine.video import DECODER, Clip, VideoError, VideoTimeout, load, require_file
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()
             if name not in ("path", "start", "end", "tick")}
@@ -118,7 +118,7 @@ class Worker:
                     return frames, answer["fps"]
         except TimeoutError:
             kind, cause = VideoTimeout, (f"decoding stood still for {self.limit:g} s, and is not tried again in this "
-                                         "run; re-encode it with ffmpeg, or allow more time with --video_limit")
+                                         "run; re-encode it with ffmpeg, or allow more time with --video_timeout")
         except (OSError, ValueError):
             pass
         except BaseException:   # an interrupt, no memory here: what is on the way must not answer the next request
@@ -139,7 +139,7 @@ class Worker:
         paths = os.pathsep.join(os.path.abspath(path) for path in (root, *sys.path))
         with theirs:
             self.process = subprocess.Popen(    # in a session of its own, since Ctrl-C is for the caller
-                [sys.executable, "-m", "support.loader", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "engine.loader", str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 cwd=root, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, start_new_session=True)
         self.pid, self.stream = os.getpid(), ours.makefile("rwb")
@@ -152,7 +152,7 @@ class Worker:
             ours.settimeout(self.limit)
         if not ready:
             raise ChildProcessError(f"the decoding process does not start (exit code {self.close()}): see its message "
-                                    f"above, or try in {root}: {sys.executable} -c 'import support.loader'")
+                                    f"above, or try in {root}: {sys.executable} -c 'import engine.loader'")
 
     def close(self) -> int | None:
         """End the process; returns its exit code, minus the signal's number if a signal ended it."""

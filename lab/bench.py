@@ -1,11 +1,11 @@
 """What a GRPO step costs: this project's, that of TRL's GRPOTrainer, and the floor, side by side in one run.
 
-    python -m tools.bench                       the table, and as the last line one json object; 5 minutes on two cores
-    python -m tools.bench --only ours           this project's step alone
-    python -m tools.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
-    python -m tools.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
-    python -m tools.bench --decode              milliseconds and kernels a token, against `generate`; 7 minutes
-    python -m tools.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
+    python -m lab.bench                       the table, and as the last line one json object; 5 minutes on two cores
+    python -m lab.bench --only ours           this project's step alone
+    python -m lab.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
+    python -m lab.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
+    python -m lab.bench --decode              milliseconds and kernels a token, against `generate`; 7 minutes
+    python -m lab.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` a query
 
 The model has random weights, fp32 on a CPU and bf16 on a GPU, by default in the proportions of the 3B at 32 million.
 Nothing stops a completion before max_tokens, so that the work is fixed. ways.py has the two ways. The floor is the
@@ -33,11 +33,11 @@ import evaluate
 import grpo
 import model
 import tasks
-from support import launch, plot
-from support.launch import flag
-from support.loader import Loader
-from tools import decode, plan
-from tools.ways import DEVICE, DTYPE, WAYS, Sizes, as_published, build, make_prompts, repeat, shape, timed
+from engine import flags, plot
+from engine.flags import flag
+from engine.loader import Loader
+from lab import decode, plan
+from lab.ways import DEVICE, DTYPE, WAYS, Sizes, as_published, build, make_prompts, repeat, shape, timed
 
 PARTS = ("data", "prefill", "decode", "rewards", "reference", "forward", "backward", "optimizer")
 WORDS = "a person opens closes holds the door book then walks and sits on takes red bag puts it down to".split()
@@ -137,7 +137,7 @@ def child(config: Config, way: str) -> dict:
     """`measure` in a process of its own."""
     flags = [word for name, value in asdict(config).items() if not isinstance(value, bool) and name != "inside"
              for word in (f"--{name}", str(value))]
-    done = subprocess.run([sys.executable, "-m", "tools.bench", *flags, "--inside", way],
+    done = subprocess.run([sys.executable, "-m", "lab.bench", *flags, "--inside", way],
                           stdout=subprocess.PIPE, text=True)
     if done.returncode:     # -9: the system ran out of memory
         raise ValueError(f"measuring {way} ended with code {done.returncode}; a smaller --group_size needs less memory")
@@ -239,7 +239,7 @@ def measure_evaluation(config: Config) -> dict:
         options = evaluate.Config(
             annotations=config.annotations, model=config.model, videos=config.videos, output=f"{folder}/test",
             tasks=["TVG"], max_tokens=config.max_tokens, cache=f"{folder}/frames")
-        load = Loader(options.video_limit, options.cache, total_pixels=options.total_pixels)
+        load = Loader(options.video_timeout, options.cache, total_pixels=options.total_pixels)
         for sample in samples:
             load(sample.video, sample.video_start, sample.video_end)
         with timed(seconds, "generate"), torch.no_grad():
@@ -282,4 +282,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    launch.command_line(Config, main, __doc__)
+    flags.command_line(Config, main, __doc__)
