@@ -49,16 +49,17 @@ import rewards
 import tasks
 from engine import batches, checkpoint, distributed, files, flags, logs, lora, scores
 from engine.best import Evaluations
-from engine.flags import flag
+from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
 from engine.logs import Logs
 from engine.run import one_run
-from engine.video import TOTAL_PIXELS, Clip, VideoError
+from engine.video import Clip, VideoError
 from lab import predictions
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(VideoFlags, AnswerFlags):
+    """evaluation"""
     annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     model: str = flag("", "Hugging Face folder of a Qwen2.5-VL")
     videos: str = flag("", "folder of the video files; --predictions needs none")
@@ -69,29 +70,17 @@ class Config:
     batch_size: int = flag(16, "queries at once on a process; lab/plan.py says how many a GPU has room for")
     temperature: float = flag(0.0, "0 decodes greedily, 1 samples as training does")
     seed: int = flag(0, "of the sampling, when temperature is above 0")
-    think: bool = flag(True, "as in training: false asks for the answer alone")
-    max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
-    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
-    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
-    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
-    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
     blind: bool = flag(False, "show grey frames instead of the video")
     swap_queries: bool = flag(False, "ask each video for another of its events, and score against the first one's "
                                      "truth; TVG alone, and only queries with a disjoint one in their video")
     fixed_answer: str = flag("", "annotation file: score the one answer for all queries that is the best for these")
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is None:
-            self.max_tokens = tasks.LONGEST[self.think]
 
 
 @one_run
 def main(config: Config) -> dict[str, float | list[float] | str]:
     """Evaluate and return the scores, which are also in scores.json."""
     check_flags(config)
-    samples, rejected = data.read(config.annotations, config.videos or None, config.allow_outside)
+    samples, rejected = data.read(config.annotations, config.videos or None)
     some = bool(config.steps or config.swap_queries or "TVG" not in config.tasks)       # of the queries, so not these
     lost = [item.sample for item in rejected if item.sample and not some]
     if config.predictions:
@@ -122,8 +111,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     if todo:
         policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
                                      strict=True)
-        load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers,
-                      total_pixels=config.total_pixels)
+        load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
                 old.unlink(missing_ok=True)
@@ -169,8 +157,7 @@ def read_held_out(config: Any) -> list[data.Sample]:
     if not config.eval_annotations:
         return []
     try:
-        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos,
-                                      config.allow_outside)
+        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos)
     except ValueError as error:
         raise ValueError(str(error).replace("--annotations", "--eval_annotations")
                          .replace("--videos", "--eval_videos")) from error
@@ -187,7 +174,7 @@ def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample],
     logs the scores and keeps the best model; see engine/best.py. It draws nothing and leaves the policy as it is."""
     if not samples:
         return lambda _: None
-    settings = Config(config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
+    settings = Config(annotations=config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
     evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
 
     def evaluate_if_due(log: Logs) -> None:

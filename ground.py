@@ -24,27 +24,20 @@ import rewards
 import tasks
 from data import Sample
 from engine import distributed, files, flags, plot
-from engine.flags import flag
+from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
-from engine.video import TOTAL_PIXELS, Clip
+from engine.video import Clip
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(VideoFlags, AnswerFlags):
+    """grounding"""
     video: str = flag(MISSING, "video file")
     queries: list[str] = flag(MISSING, "what to look for, a sentence a query")
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
     png: str = flag("", "picture to write: frames and answers on one time axis")
     json: bool = flag(False, "print a JSON object a query")
     batch_size: int = flag(16, "queries at once")
-    think: bool = flag(True, "as in training: false asks for the answer alone")
-    max_tokens: int = flag(None, "longest completion; by default 1024, without thoughts 64")
-    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of the video")
-    video_timeout: float = flag(60.0, "seconds that decoding the video may stand still")
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is None:
-            self.max_tokens = tasks.LONGEST[self.think]
 
 
 def main(config: Config) -> list[dict]:
@@ -58,7 +51,7 @@ def main(config: Config) -> list[dict]:
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
     model.check_folder(config.model)
-    load = Loader(config.video_timeout, total_pixels=config.total_pixels)
+    load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb)
     clip = load(config.video)
     load.close()
     _, _, device = distributed.start_process()

@@ -28,14 +28,14 @@ import grpo
 import model
 import tasks
 from engine import batches, checkpoint, distributed, files, flags, logs, lora
-from engine.flags import flag
+from engine.flags import VideoFlags, flag
 from engine.loader import Loader
 from engine.run import one_run, stop_signals
-from engine.video import TOTAL_PIXELS
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(VideoFlags):
+    """fine-tuning"""
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
     annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     videos: str = flag(MISSING, "folder of the video files")
@@ -52,12 +52,6 @@ class Config:
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout), "
                              "such as 16, with a --learning_rate ten times as large or more. 0: train all weights")
     merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
-    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
-    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
-    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
-    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                  "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
@@ -108,7 +102,7 @@ def main(config: Config) -> None:
     model.check_folder(config.model)
     lora.check_flags(config)
     run = checkpoint.Run(config)        # before anything is loaded
-    samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
+    samples, rejected = data.read(config.annotations, config.videos)
     demonstrations = read_demonstrations(config.demonstrations, samples)
     if not config.think:
         demonstrations = [answer_only(each) for each in demonstrations]
@@ -121,7 +115,7 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
+    load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
         if steps:

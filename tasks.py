@@ -49,7 +49,6 @@ class Task:
 
 THOUGHT = "<think>your thoughts</think> "
 FORM = f"Reply as {THOUGHT}<answer>{{}}</answer>"
-LONGEST = {True: 1024, False: 64}       # tokens of a completion with thoughts, the authors' value, and without
 TASKS = {task.name: task for task in (
     Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
          "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),

@@ -35,15 +35,15 @@ import grpo
 import model
 import tasks
 from engine import batches, checkpoint, distributed, files, flags, logs, lora
-from engine.flags import flag
+from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
 from engine.logs import Logs, check_board
 from engine.run import one_run, stop_signals
-from engine.video import TOTAL_PIXELS
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(VideoFlags, AnswerFlags):
+    """training"""
     model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
     annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     videos: str = flag(MISSING, "folder of the video files")
@@ -74,18 +74,10 @@ class Config:
     merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
-    think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and format pays, the answer alone")
-    max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
     vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
                             "written, by which a list of 50 verbs earns 0.96 on Charades-STA")
     cosine_rewards: bool = flag(False, "pay an inversion task the similarity of its verbs in place of 0 or 1 (Table 3)")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
-    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
-    workers: int = flag(2, "processes that decode videos, of each process; no figure depends on it")
-    allow_outside: bool = flag(False, "accept annotated paths that leave --videos, absolute ones and those with ..")
-    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty for none")
-    cache_gb: float = flag(50.0, "size of that folder in GB; what was used longest ago is deleted")
-    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
     eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is scored meanwhile; "
                                      "training is the same to the bit. Empty: none")
     eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and after the last")
@@ -98,10 +90,6 @@ class Config:
     tensorboard: bool = flag(False, "write the numbers for TensorBoard, too, to --output/tensorboard")
     max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss, reward or gradient is not finite; "
                                   "such steps change nothing")
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is None:
-            self.max_tokens = tasks.LONGEST[self.think]
 
 
 def check_flags(config: Config, world: int) -> None:
@@ -132,7 +120,7 @@ def main(config: Config) -> None:
     rank, world, device = distributed.start_process()
     check_flags(config, world)
     run = checkpoint.Run(config)        # before anything is loaded
-    samples, rejected = data.read(config.annotations, config.videos, config.allow_outside)
+    samples, rejected = data.read(config.annotations, config.videos)
     drawn = ["TVG"] * (config.tvg_prob > 0) + config.tasks * (config.tvg_prob < 1)
     pools = {name: tasks.usable(samples, tasks.TASKS[name]) for name in drawn}
     for name, pool in pools.items():
@@ -143,7 +131,7 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = Loader(config.video_timeout, config.cache, config.cache_gb, config.workers, total_pixels=config.total_pixels)
+    load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
     steps = range(run.step, config.steps)       # none when only model/ is to be written
     if rank == 0:
         if steps:

@@ -1,45 +1,128 @@
-"""From a command line to `main(config)`: flags, their groups, and errors of one line. Every script starts here."""
+"""From a command line to `main(config)`: flags, groups of them that scripts share, and errors of one line.
+
+A script is a dataclass `Config`, one field per flag, and `main(config)`:
+
+    @dataclass(kw_only=True)
+    class Config(VideoFlags):
+        '''what the group is called in --help'''
+        model: str = flag(MISSING, "Hugging Face folder of a Qwen2.5-VL")
+
+    if __name__ == "__main__":
+        command_line(Config, main, __doc__)
+"""
+import argparse
 import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from engine.logs import printable, surviving_output
 
-logging.disable_progress_bar()      # transformers' own, for every file it reads
+logging.disable_progress_bar()          # transformers' own, for every file that it reads
+TOTAL_PIXELS = 3584 * 28 * 28           # of a whole video, 2.8 M
+LONGEST = {True: 1024, False: 64}       # tokens of a completion with thoughts, the authors' value, and without
 
 
 def flag(default: Any, help: str) -> Any:
     """A field of a Config: its default value, MISSING where the user has to give one, and its reason."""
-    return dataclasses.field(default=default, metadata={"help": help}) if not isinstance(default, list) else \
-        dataclasses.field(default_factory=default.copy, metadata={"help": help})
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
-def command_line(Config: type, main: Callable, doc: str) -> None:
-    """Parse the flags of a Config dataclass and run main(config). A wrong input (any ValueError that a person can
-    mend) or a full disk ends with one line and exit code 2, the loss of another process with one line and 1, Ctrl-C
-    with one line and 130. A reader of the output that goes away ends nothing."""
+@dataclass(kw_only=True)
+class VideoFlags:
+    """videos"""
+    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
+    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    workers: int = flag(2, "decoding processes of each process; results do not depend on it")
+    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty: none")
+    cache_gb: float = flag(50.0, "size of that folder in GB; beyond it, what was used longest ago is deleted")
+
+
+@dataclass(kw_only=True)
+class AnswerFlags:
+    """answers"""
+    think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and the format reward pays, the "
+                             "answer alone")
+    max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None:
+            self.max_tokens = LONGEST[self.think]
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def make_parser(config_class: type, doc: str = "", script: str | None = None) -> argparse.ArgumentParser:
+    """A parser of a Config's flags: the required ones first, the others in groups, one per class that declares them."""
+    parser = argparse.ArgumentParser(
+        script, description=doc.split("\n\n")[0], allow_abbrev=False,
+        usage="%(prog)s --flag value ...   (--help lists the flags)",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    groups = {}
+    for field in dataclasses.fields(config_class):
+        required = field.default is MISSING and field.default_factory is MISSING
+        owner = next(each for each in config_class.__mro__ if field.name in vars(each).get("__annotations__", ()))
+        title = "required" if required else owner.__doc__
+        options = {"required": True} if required else {"default": field.default}
+        if field.default_factory is not MISSING:
+            options["default"] = field.default_factory()
+        if field.type == list[str]:
+            options |= {"type": str, "nargs": "*"}
+        elif field.type is bool:
+            options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "true/false"}
+        else:
+            options["type"] = field.type
+        groups.setdefault(title, []).append((field, options))
+    for title in sorted(groups, key=lambda title: title != "required"):
+        group = parser.add_argument_group(title)
+        for field, options in groups[title]:
+            options.setdefault("metavar", field.name.upper())
+            group.add_argument(f"--{field.name}", help=field.metadata["help"].replace("%", "%%"), **options)
+    return parser
+
+
+def parse(config_class: type, words: list[str], doc: str = "", script: str | None = None) -> Any:
+    """The Config of a command line's words. Raises ValueError for flags that the script does not have, SystemExit for
+    values that are none of their type."""
+    values, unknown = make_parser(config_class, doc, script).parse_known_args(words)
+    if unknown:
+        raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
+    return config_class(**vars(values))
+
+
+def command_line(config_class: type, main: Callable, doc: str) -> None:
+    """Parse the command line and run main(config).
+
+    A wrong input (any ValueError that a person can mend) or a full disk ends with one line and exit code 2, the loss
+    of another process with one line and 1, Ctrl-C with one line and 130. TRACEBACK=1 shows where in the code. A reader
+    of the output that goes away ends nothing.
+    """
     script = Path(sys.argv[0]).name
-    parser = HfArgumentParser(Config, description=doc.split("\n\n")[0], allow_abbrev=False,
-                              usage="%(prog)s --flag value ...   (--help lists the flags)")
     with surviving_output():
         try:
-            config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-            if unknown:
-                raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
-            main(config)
+            main(parse(config_class, sys.argv[1:], doc))
         except (ValueError, OSError, RuntimeError) as error:
             lost = isinstance(error, RuntimeError) and "onnection " in str(error) and dist.is_initialized()
-            if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not lost:
+            bug = isinstance(error, RuntimeError) and not lost
+            if os.environ.get("TRACEBACK") or bug:
                 raise
-            text = "another process of the run ended; its message or torchrun's says why" if lost else str(error)
-            print(f"{script}: {printable(' '.join(text.split()))}  (TRACEBACK=1 shows where)", file=sys.stderr)
+            message = str(error)
+            if lost:
+                message = "another process of the run ended; its message or torchrun's says why"
+            message = printable(" ".join(message.split()))
+            print(f"{script}: {message}  (TRACEBACK=1 shows where)", file=sys.stderr)
             sys.exit(1 if lost else 2)
         except KeyboardInterrupt:
             print(f"\n{script}: stopped; the same command, with --resume where the script has it, goes on",
@@ -54,11 +137,14 @@ def command_line(Config: type, main: Callable, doc: str) -> None:
 
 
 def check_numbers(config: Any, *positive: str) -> None:
-    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those named here
-    above 0, and a probability, ..._prob, at most 1."""
+    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those in
+    `positive` are above 0, and a probability, ..._prob, is at most 1."""
     for name, value in vars(config).items():
-        if type(value) in (int, float):
-            below, high = name not in positive, 1 if name.endswith("_prob") else 1e12
-            if not (0 < value <= high or below and value == 0):     # not so for NaN, either
-                raise ValueError(f"--{name} {value}: give a number {'from' if below else 'above'} 0" +
-                                 (" to 1" if high == 1 else " on" if below else ""))
+        if type(value) not in (int, float):
+            continue
+        low = "above 0" if name in positive else "from 0 on"
+        high = 1 if name.endswith("_prob") else 1e12
+        large_enough = value > 0 if name in positive else value >= 0
+        if not (large_enough and value <= high):            # NaN is neither
+            allowed = "from 0 to 1" if high == 1 else low
+            raise ValueError(f"--{name} {value}: give a number {allowed}")

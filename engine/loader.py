@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from engine.cache import Cache
-from engine.video import DECODER, Clip, VideoError, VideoTimeout, load, require_file
+from engine.video import DECODER, TOTAL_PIXELS, Clip, VideoError, VideoTimeout, load, require_file
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()
             if name not in ("path", "start", "end", "tick")}
@@ -35,15 +35,13 @@ class Loader:
     first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
     """
 
-    def __init__(self, limit: float = 60.0, cache: str | Path = "", cache_gb: float = 50.0, workers: int = 1,
-                 **options: float):
+    def __init__(self, total_pixels: int = TOTAL_PIXELS, timeout: float = 60.0, cache: str | Path = "",
+                 cache_gb: float = 50.0, workers: int = 1):
         """`limit`: seconds for which decoding may stand still, however long the video is; `cache_gb`: size of the
         cache; `options`: as for `load`."""
-        if unknown := options.keys() - DEFAULTS.keys():
-            raise TypeError(f"video.load has no option {', '.join(sorted(unknown))}, only {', '.join(DEFAULTS)}")
-        self.options, self.hung = DEFAULTS | options, {}   # hung: the path -> what was said of it
+        self.options, self.hung = DEFAULTS | {"total_pixels": total_pixels}, {}   # hung: path -> message
         self.cache = Cache(cache, cache_gb) if cache else None
-        self.workers = [Worker(limit) for _ in range(workers)]
+        self.workers = [Worker(timeout) for _ in range(workers)]
         self.stopped = False
         self.free = queue.LifoQueue()   # the last one in has started already
         for worker in self.workers:

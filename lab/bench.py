@@ -239,7 +239,7 @@ def measure_evaluation(config: Config) -> dict:
         options = evaluate.Config(
             annotations=config.annotations, model=config.model, videos=config.videos, output=f"{folder}/test",
             tasks=["TVG"], max_tokens=config.max_tokens, cache=f"{folder}/frames")
-        load = Loader(options.video_timeout, options.cache, total_pixels=options.total_pixels)
+        load = Loader(options.total_pixels, options.video_timeout, options.cache)
         for sample in samples:
             load(sample.video, sample.video_start, sample.video_end)
         with timed(seconds, "generate"), torch.no_grad():

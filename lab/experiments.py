@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 import evaluate
 import sft
 import tasks
 import toy
 import train
+from engine import flags as flag_parser
 from engine import logs, plot, video
 from engine.flags import check_numbers, command_line, flag
 from engine.run import one_run
@@ -310,7 +309,7 @@ def show(config: Config, runs: list[Run]) -> None:
 def parse(command: list[str]) -> object:
     """The Config that a command gives its script. Raises ValueError for flags that it does not have."""
     script = {"train.py": train, "evaluate.py": evaluate, "sft.py": sft, "toy.py": toy}[command[0]]
-    return HfArgumentParser(script.Config, prog=command[0]).parse_args_into_dataclasses(list(map(str, command[1:])))[0]
+    return flag_parser.parse(script.Config, list(map(str, command[1:])), script=command[0])
 
 
 def processes(config: Config) -> int:

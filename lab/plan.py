@@ -18,7 +18,6 @@ from dataclasses import MISSING, dataclass
 from transformers import Qwen2_5_VLConfig
 
 import model
-import tasks
 from engine import flags, hub, lora, video
 from engine.flags import flag
 
@@ -61,7 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.max_tokens is None:
-            self.max_tokens = tasks.LONGEST[self.think]
+            self.max_tokens = flags.LONGEST[self.think]
 
 
 def parameters(config: Qwen2_5_VLConfig) -> dict[str, int]:
