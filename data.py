@@ -45,7 +45,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,8 +57,8 @@ from tqdm import tqdm
 from engine.files import read_text
 from engine.video_folder import bare, finder, stem
 
-OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, the annotation is corrupt
-NOISE = 0.02        # seconds; published durations are rounded: so small an overshoot is clipped, not counted
+OVERSHOOT = 5.0     # seconds by which a segment may end after its video; beyond, it is corrupt
+NOISE = 0.02        # seconds; published durations are rounded: clipping this little is not counted
 
 
 class AnnotationError(ValueError):
@@ -72,11 +72,11 @@ class Sample:
     query: str
     start: float                        # seconds, from video_start on
     end: float                          # seconds, > start
-    duration: float | None              # seconds, from video_start to video_end if given; None: unknown
-    video_start: float | None = None    # seconds: what to decode of the file; None for the whole file
+    duration: float | None              # seconds, of the part if there is one; None: unknown
+    video_start: float | None = None    # seconds: the part of the file to decode; None: all of it
     video_end: float | None = None
     clipped: bool = False               # `end` was up to 5 s after the end of the video
-    qid: str | None = None              # where a query has several windows: its samples have one qid
+    qid: str | None = None              # where a query has several windows: the same for all
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Rejected:
     place: str      # file:line, or file: key
     reason: str     # one of a few, to be counted
     detail: str     # what the entry has, or should have
-    sample: Sample | None = None    # if only its segment is unusable: evaluation counts it, with IoU 0
+    sample: Sample | None = None    # if only its segment is unusable: evaluation counts it
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason} ({self.detail})"
@@ -114,10 +114,9 @@ def read(path: str, videos: str | None) -> tuple[list[Sample], list[Rejected]]:
 
     samples = [locate(sample) for sample in samples]
     rejected = [replace(item, sample=locate(item.sample)) for item in rejected]
-    if not any(os.path.exists(sample.video) for sample in samples):     # the first one is, as a rule
-        raise AnnotationError(
-            f"{videos}: has none of the videos of {path}, such as {samples[0].video!r}; give --videos "
-            "the folder of the videos")
+    if not any(os.path.exists(sample.video) for sample in samples):
+        raise AnnotationError(f"{videos}: has none of the videos of {path}, such as "
+                              f"{samples[0].video!r}; give --videos the folder of the videos")
     return samples, rejected
 
 
@@ -189,11 +188,9 @@ def detect_format(path: str, content: str) -> tuple[str, list[Entry]]:
     A file is lines of text, a list, an object with one entry per video, or one object per line; then the keys of its
     entries tell the format.
     """
-    lines = []
     # not splitlines(): a sentence may hold unusual line separators. A lone \r is an old Mac's line end
-    for number, line in enumerate(re.split(r"\r*\n|\r", content), 1):
-        if line.strip():
-            lines.append(Entry(f"{path}:{number}", number, line.strip()))
+    lines = [Entry(f"{path}:{number}", number, line.strip())
+             for number, line in enumerate(re.split(r"\r*\n|\r", content), 1) if line.strip()]
     name = None
     error = ""
     if not content.lstrip().startswith(("{", "[")):
@@ -206,13 +203,13 @@ def detect_format(path: str, content: str) -> tuple[str, list[Entry]]:
             error = f" (as json: {whole})"
         if isinstance(whole, list):
             entries = [Entry(f"{path}: [{index}]", index, item) for index, item in enumerate(whole)]
-            name = name_by_key(entries, {"timestamp": "TimeRFT", "answer": "TVGBench"})
+            name = name_by_key(entries, timestamp="TimeRFT", answer="TVGBench")
         elif isinstance(whole, Object):
             entries = [Entry(f"{path}: {video!r}", video, item) for video, item in whole.pairs]
-            name = name_by_key(entries, {"timestamps": "ActivityNet Captions", "spans": "TimeLens-Bench"})
+            name = name_by_key(entries, timestamps="ActivityNet Captions", spans="TimeLens-Bench")
         if name is None and not isinstance(whole, list):        # one line may be the whole file
             entries = [line._replace(content=load_json(line.content)) for line in lines]
-            name = name_by_key(entries, {"video_path": "TimeLens-100K", "query": "QVHighlights"})
+            name = name_by_key(entries, video_path="TimeLens-100K", query="QVHighlights")
     if name is None:
         raise AnnotationError(
             f"{path}: none of the formats known here{error}; give --annotations {KNOWN}")
@@ -227,8 +224,8 @@ def load_json(text: str) -> Any:
         return error
 
 
-def name_by_key(entries: list[Entry], names: dict[str, str]) -> str | None:
-    """The name for the first key of `names` that any of the entries has."""
+def name_by_key(entries: list[Entry], **names: str) -> str | None:
+    """The name for the first of the keys in `names` that any of the entries has."""
     for key, name in names.items():
         for entry in entries:
             if isinstance(entry.content, Object) and key in entry.content:
@@ -244,7 +241,7 @@ def read_entry(name: str, entry: Entry) -> list[Sample | Rejected]:
             counts = Counter(key for key, _ in entry.content.pairs)
             key, _ = counts.most_common(1)[0]
             raise Malformed(f"{key[:40]!r} stands twice")
-        items = reader(*entry)
+        items = list(reader(*entry))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         return [malformed(entry.place, error, form)]
     return items or [Rejected(entry.place, "no windows", "as in a test set")]
@@ -255,87 +252,89 @@ def malformed(place: str, error: Exception, form: str) -> Rejected:
     return Rejected(place, "malformed", f"{why}expected {form}")
 
 
-def charades(place: str, number: int, line: str) -> list[Sample | Rejected]:
+def charades(place: str, number: int, line: str) -> Iterator[Sample | Rejected]:
     video, start, end, sentence = LINE.fullmatch(line).groups()
-    return [make_sample(place, f"{video}:{number}", video, sentence, [float(start), float(end)], None)]
+    segment = [float(start), float(end)]
+    yield make_sample(place, f"{video}:{number}", video, sentence, segment, None)
 
 
-def activitynet(place: str, video: str, item: dict) -> list[Sample | Rejected]:
+def activitynet(place: str, video: str, item: dict) -> Iterator[Sample | Rejected]:
     duration = seconds(item["duration"])
-    items = []
-    for k, (segment, sentence) in enumerate(zip(item["timestamps"], item["sentences"], strict=True)):
-        items.append(make_sample(f"{place}[{k}]", f"{video}:{k}", video, sentence, segment, duration))
-    return items
+    pairs = zip(item["timestamps"], item["sentences"], strict=True)
+    for k, (segment, sentence) in enumerate(pairs):
+        yield make_sample(f"{place}[{k}]", f"{video}:{k}", video, sentence, segment, duration)
 
 
-def qvhighlights(place: str, number: int, item: dict) -> list[Sample | Rejected]:
-    qid, query, video, duration = item["qid"], item["query"], item["vid"], seconds(item["duration"])
-    if type(qid) not in (str, int):     # a bool is an int, too
+def qvhighlights(place: str, number: int, item: dict) -> Iterator[Sample | Rejected]:
+    if type(item["qid"]) not in (str, int):     # a bool is an int, too
         raise TypeError
-    items = []
+    qid = str(item["qid"])
+    query = item["query"]
+    video = item["vid"]
+    duration = seconds(item["duration"])
     for k, window in enumerate(item.get("relevant_windows") or []):
-        items.append(make_sample(place, f"{qid}:{k}", video, query, window, duration, qid=str(qid)))
-    return items
+        yield make_sample(place, f"{qid}:{k}", video, query, window, duration, qid=qid)
 
 
-def timerft(place: str, index: int, item: dict) -> list[Sample | Rejected]:
+def timerft(place: str, index: int, item: dict) -> Iterator[Sample | Rejected]:
     video = item["video"]
     bounds = item.get("video_start"), item.get("video_end")
-    return [make_sample(place, f"{bare(video)}:{index}", video, item["sentence"], item["timestamp"],
-                        seconds(item["duration"]), bounds)]
+    yield make_sample(place, f"{bare(video)}:{index}", video, item["sentence"], item["timestamp"],
+                      seconds(item["duration"]), bounds)
 
 
-def tvgbench(place: str, index: int, item: dict) -> list[Sample | Rejected]:
+def tvgbench(place: str, index: int, item: dict) -> Iterator[Sample | Rejected]:
     video = item["path"]
-    bounds = item.get("start"), item.get("end")
     start, end = ANSWER.fullmatch(item["answer"]).groups()
-    return [make_sample(place, f"{bare(video)}:{index}", video, item["question"], [float(start), float(end)],
-                        seconds(item["duration"]), bounds)]
+    segment = [float(start), float(end)]
+    bounds = item.get("start"), item.get("end")
+    yield make_sample(place, f"{bare(video)}:{index}", video, item["question"], segment,
+                      seconds(item["duration"]), bounds)
 
 
-def timelens_bench(place: str, video: str, item: dict) -> list[Sample | Rejected]:
+def timelens_bench(place: str, video: str, item: dict) -> Iterator[Sample | Rejected]:
     duration = seconds(item["duration"])
-    items = []
-    for k, (spans, query) in enumerate(zip(item["spans"], item["queries"], strict=True)):
-        items += windows(f"{place}[{k}]", f"{video}:{k}", video, query, spans, duration)
-    return items
+    pairs = zip(item["spans"], item["queries"], strict=True)
+    for k, (spans, query) in enumerate(pairs):
+        yield from windows(f"{place}[{k}]", f"{video}:{k}", video, query, spans, duration)
 
 
-def timelens_100k(place: str, number: int, item: dict) -> list[Sample | Rejected]:
+def timelens_100k(place: str, number: int, item: dict) -> Iterator[Sample | Rejected]:
     video = item["video_path"]
     duration = seconds(item["duration"])
-    items = []
     for k, event in enumerate(item.get("events", [item])):
         qid = f"{stem(video)}:{number}:{k}"
-        items += windows(place, qid, video, event["query"], event["span"], duration)
-    return items
+        yield from windows(place, qid, video, event["query"], event["span"], duration)
 
 
-def windows(place: str, qid: str, video: Any, query: Any, spans: list, duration: float) -> list[Sample | Rejected]:
-    """A sample for each of the spans [[start, end], ...] of one query, or for its only one, which may be bare."""
+def windows(place: str, qid: str, video: Any, query: Any, spans: Any,
+            duration: float) -> Iterator[Sample | Rejected]:
+    """A sample for each span of one query: [[start, end], ...], or a bare [start, end]."""
     if not isinstance(spans[0], list):
         spans = [spans]
     if len(spans) == 1:
-        return [make_sample(place, qid, video, query, spans[0], duration)]
-    items = []
-    for k, span in enumerate(spans):
-        items.append(make_sample(place, f"{qid}:{k}", video, query, span, duration, qid=qid))
-    return items
+        yield make_sample(place, qid, video, query, spans[0], duration)
+    else:
+        for k, span in enumerate(spans):
+            yield make_sample(place, f"{qid}:{k}", video, query, span, duration, qid=qid)
 
 
 LINE = re.compile(r"(\S+)[ \t]+([-+.\deE]+)[ \t]+([-+.\deE]+)[ \t]*##(.*)", re.ASCII)
 ANSWER = re.compile(r"\s*(\d+\.?\d*)\s*-\s*(\d+\.?\d*)\s*", re.ASCII)
 FORMATS = {     # name: (what reads an entry, which raises or rejects what has not this form)
     "Charades-STA": (charades, "'video start end##sentence'"),
-    "ActivityNet Captions": (activitynet, "an object with duration and as many timestamps as sentences"),
-    "QVHighlights": (qvhighlights, "an object with qid (text or whole number), query, vid, duration, relevant_windows"),
+    "ActivityNet Captions": (
+        activitynet, "an object with duration and as many timestamps as sentences"),
+    "QVHighlights": (
+        qvhighlights, "an object with qid (text or whole number), query, vid, duration, relevant_windows"),
     "TimeRFT": (timerft, "an object with video, sentence, timestamp, duration"),
     "TVGBench": (tvgbench, "an object with path, question, answer ('13.4-28.1'), duration"),
     "TimeLens-Bench": (timelens_bench, "an object with duration and as many spans as queries"),
-    "TimeLens-100K": (timelens_100k, "an object with video_path, duration, events: a list of query and span")}
+    "TimeLens-100K": (
+        timelens_100k, "an object with video_path, duration, events: a list of query and span")}
 KNOWN = f"a file of one of the formats {', '.join(FORMATS)}"
-VALUES = ("texts as video and sentence, and finite numbers of seconds, from 0 on, as start and end of the segment, "
-          "duration, and part of the video")
+VALUES = ("texts as video and sentence, and finite numbers of seconds, from 0 on, as start and end "
+          "of the segment, duration, and part of the video")
 
 
 def make_sample(place: str, id: str, video: Any, query: Any, segment: Any, duration: float | None,
@@ -386,7 +385,7 @@ def seconds(value: Any) -> float:
 
 
 def text(value: Any) -> str:
-    value.encode()      # json can hold lone surrogates, no file name or log can: UnicodeEncodeError, a ValueError
+    value.encode()      # a ValueError for lone surrogates, which json can hold and no file name
     return value
 
 
@@ -395,64 +394,66 @@ def main(argv: list[str] | None = None) -> int:
     code: 2 when no sample is left."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("file", help=KNOWN)
-    parser.add_argument("--videos", help="folder of the video files: look each one up and decode it")
+    parser.add_argument("--videos", help="folder of the videos: look each one up and decode it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode")
     args = parser.parse_args(argv)
     try:
-        if args.workers < 1:
-            raise AnnotationError(f"--workers {args.workers}: give at least 1")
-        samples, rejected = read(args.file, args.videos)
+        report, notes = lint(args.file, args.videos, args.workers)
     except ValueError as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    import rewards  # here only: whoever reads samples needs no tagger
-    name, sentences, _ = parse(args.file)
-    verbs = rewards.verbs([sample.query for sample in samples])
-    report = {
-        "format": name,
-        "records": sentences,
-        "samples": len(samples),
-        "rejected": Counter(item.reason for item in rejected),
-        "clipped": sum(sample.clipped for sample in samples),
-        "without_verb": sum(not verb_list for verb_list in verbs)}
-    notes = [f"{args.file}: {name}, {sentences} records, {len(samples)} samples",
-             f"{report['clipped']} clipped to the end of their video",
-             f"{report['without_verb']} without a verb, so for TVG only"]
-    for reason, count in report["rejected"].items():
-        first = next(item for item in rejected if item.reason == reason)
-        notes.append(f"{count} rejected: {reason}; the first: {first}")
-    if args.videos is not None:
-        missing, undecodable = check_videos(samples, args.workers)
-        for kind, faults in (("missing", missing), ("undecodable", undecodable)):
-            report[kind] = len(faults)
-            notes.append(f"{len(faults)} videos {kind}")
-            notes += [f"  {fault}" for fault in list(faults.values())[:5]]
     print("\n".join(notes), file=sys.stderr)
     print(json.dumps(report))
     return 0
 
 
-def check_videos(samples: list[Sample], workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """path -> what is wrong: the videos that are missing, those that cannot be decoded or end before what is annotated
-    in them."""
-    from engine.loader import Loader  # here only: whoever reads samples needs neither decord nor torch
-    load = Loader(workers=workers)
+def lint(path: str, videos: str | None, workers: int) -> tuple[dict, list[str]]:
+    """(counts, lines that tell what they are of) of an annotation file and, if `videos` is given, of its videos."""
+    import rewards  # here only: whoever reads samples needs no tagger
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: give at least 1")
+    samples, rejected = read(path, videos)
+    name, sentences, _ = parse(path)
+    verbs = rewards.verbs([sample.query for sample in samples])
+    without_verb = sum(not verb_list for verb_list in verbs)
+    clipped = sum(sample.clipped for sample in samples)
+    reasons = Counter(item.reason for item in rejected)
+    report = {"format": name, "records": sentences, "samples": len(samples), "rejected": reasons,
+              "clipped": clipped, "without_verb": without_verb}
+    notes = [f"{path}: {name}, {sentences} records, {len(samples)} samples",
+             f"{clipped} clipped to the end of their video",
+             f"{without_verb} without a verb, so for TVG only"]
+    for reason, count in reasons.items():
+        first = next(item for item in rejected if item.reason == reason)
+        notes.append(f"{count} rejected: {reason}; the first: {first}")
+    if videos is not None:
+        for kind, faults in check_videos(samples, workers).items():
+            report[kind] = len(faults)
+            notes.append(f"{len(faults)} videos {kind}")
+            notes += [f"  {fault}" for fault in list(faults.values())[:5]]
+    return report, notes
+
+
+def check_videos(samples: list[Sample], workers: int) -> dict[str, dict[str, str]]:
+    """{"missing": {path: what is wrong}, "undecodable": {path: what is wrong}} of the samples' videos; a video that
+    ends before what is annotated in it counts as undecodable."""
+    from engine.loader import Loader  # here only: whoever reads samples needs no decord, no torch
     clips = {}
     for sample in samples:
         clips.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)
-    missing, undecodable = {}, {}
+    check = partial(clip_fault, Loader(workers=workers))
+    faults = {"missing": {}, "undecodable": {}}
     with ThreadPoolExecutor(workers) as pool:
-        faults = pool.map(partial(fault_of, load), clips.values())
-        for (path, *_), fault in zip(clips, tqdm(faults, "decoding", len(clips), dynamic_ncols=True)):
-            if fault and os.path.exists(path):
-                undecodable[path] = fault
-            elif fault:
-                missing[path] = fault
-    return missing, undecodable
+        results = tqdm(pool.map(check, clips.values()), "decoding", len(clips), dynamic_ncols=True)
+        for (path, _, _), fault in zip(clips, results):
+            if fault:
+                kind = "undecodable" if os.path.exists(path) else "missing"
+                faults[kind][path] = fault
+    return faults
 
 
-def fault_of(load: Callable, samples: list[Sample]) -> str:
-    """What is wrong with the one clip of which these samples are, or ""."""
+def clip_fault(load: Callable, samples: list[Sample]) -> str:
+    """What is wrong with the one clip that these samples are of, or ""."""
     from engine.video import VideoError, beyond
     path, start, end = samples[0].video, samples[0].video_start, samples[0].video_end
     try:
@@ -461,16 +462,11 @@ def fault_of(load: Callable, samples: list[Sample]) -> str:
         return str(error)
     if end is not None and clip.duration < end - start - OVERSHOOT:
         return f"{path}: has only {clip.duration:.1f} s of its part from {start:g} to {end:g} s"
-    lacks = {}
     for sample in samples:
         lack = beyond(clip.duration, sample.start, sample.end, OVERSHOOT)
         if lack:
-            lacks[sample.id] = lack
-    if not lacks:
-        return ""
-    first, *others = lacks
-    more = f" and {len(others)} more" if others else ""
-    return f"{path}: has {lacks[first]} ({first}{more})"
+            return f"{path}: has {lack} ({sample.id})"
+    return ""
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Cache:
                 if not all(type(size) is int and size > 0 for size in info["shape"]):
                     return None
                 size = len(line) + math.prod(info["shape"]) + 4
-                if size != os.fstat(file.fileno()).st_size:     # before a damaged shape takes all the memory
+                if size != os.fstat(file.fileno()).st_size:     # a wrong shape takes no memory
                     return None
                 array = np.empty(info["shape"], np.uint8)
                 file.readinto(array)
@@ -76,19 +76,20 @@ class Cache:
             os.chmod(temporary, 0o644)   # readable for other users of the folder
             os.replace(temporary, path)
             self.written += len(line) + array.nbytes + 4
-            if self.written > self.limit / 50:   # listing is slow, so n processes may exceed the limit by n * 2 %
+            # listing is slow, so n processes may exceed the limit by n * 2 %
+            if self.written > self.limit / 50:
                 self.shrink()
                 self.written = 0
         except OSError as error:
             self.writing = False
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached in this run. Free "
-                          "some space or give another folder")
+            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached "
+                          "in this run. Free some space or give another folder")
 
     def shrink(self) -> None:
         """If the folder is over its limit, delete what was used longest ago, down to nine tenths of it."""
-        entries = []        # (last used, bytes, path), unfinished files of killed processes included
+        entries = []    # (last used, bytes, path), unfinished files of killed processes included
         for path in self.folder.glob("??/*"):
             if path.suffix in (".frames", ".tmp"):      # nothing that is not ours
                 try:

@@ -21,7 +21,7 @@ import torch
 from engine.cache import Cache
 from engine.video import DECODER, TOTAL_PIXELS, Clip, VideoError, VideoTimeout, load, require_file
 
-STARTING = 300      # seconds that a worker may take to start: on a slow disk, importing torch takes minutes
+STARTING = 300      # seconds that a worker may take to start: importing torch from a slow disk
 
 
 class Loader:
@@ -33,8 +33,8 @@ class Loader:
     first needed (which takes it a few seconds, to import torch). With `cache`, a folder, decoded clips are kept there.
     """
 
-    def __init__(self, total_pixels: int = TOTAL_PIXELS, timeout: float = 60.0, cache: str | Path = "",
-                 cache_gb: float = 50.0, workers: int = 1):
+    def __init__(self, total_pixels: int = TOTAL_PIXELS, timeout: float = 60.0,
+                 cache: str | Path = "", cache_gb: float = 50.0, workers: int = 1):
         """`total_pixels`: as for `load`; `timeout`: seconds for which decoding may stand still, however long the video
         is; `cache_gb`: size of the cache."""
         self.total_pixels = total_pixels
@@ -46,7 +46,8 @@ class Loader:
         for worker in self.workers:
             self.free.put(worker)
 
-    def __call__(self, path: str | Path, start: float | None = None, end: float | None = None) -> Clip:
+    def __call__(self, path: str | Path, start: float | None = None,
+                 end: float | None = None) -> Clip:
         path = os.path.abspath(path)
         self.check_running(path)
         require_file(path)
@@ -115,20 +116,23 @@ class Worker:
             self.stream.flush()
             answer = {}
             while not answer:
-                answer = json.loads(self.stream.readline())     # of an ended process: b"", so a ValueError
+                answer = json.loads(self.stream.readline())     # ValueError if it has ended
             if "shape" in answer:
                 frames = torch.empty(answer["shape"], dtype=torch.uint8)
                 if self.stream.readinto(frames.numpy()) < frames.numel():
                     raise ConnectionError("the process ended while it answered")
         except TimeoutError as error:
             self.close()
-            raise VideoTimeout(f"{path}: decoding stood still for {self.timeout:g} s, and is not tried again in this "
-                               "run; re-encode it with ffmpeg, or allow more time with --video_timeout") from error
+            raise VideoTimeout(
+                f"{path}: decoding stood still for {self.timeout:g} s, and is not tried again in "
+                "this run; re-encode it with ffmpeg, or allow more time with --video_timeout"
+            ) from error
         except (OSError, ValueError) as error:
             code = self.close()
-            raise VideoError(f"{path}: crashed the decoder (exit code {code}); get it again or re-encode it with "
-                             "ffmpeg") from error
-        except BaseException:   # an interrupt, no memory here: what is on the way must not answer the next request
+            raise VideoError(f"{path}: crashed the decoder (exit code {code}); "
+                             "get it again or re-encode it with ffmpeg") from error
+        except BaseException:
+            # an interrupt, no memory here: what is on the way must not answer the next request
             self.close()
             raise
         if "error" in answer:
@@ -145,9 +149,10 @@ class Worker:
         root = Path(__file__).resolve().parent.parent
         paths = os.pathsep.join(os.path.abspath(path) for path in (root, *sys.path))
         command = [sys.executable, "-m", "engine.loader", str(theirs.fileno()), str(self.timeout)]
+        environment = {**os.environ, "PYTHONPATH": paths}
         with theirs:
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], cwd=root, env={**os.environ, "PYTHONPATH": paths},
+                command, pass_fds=[theirs.fileno()], cwd=root, env=environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 start_new_session=True)     # Ctrl-C is for the caller
         self.owner = os.getpid()
@@ -160,8 +165,9 @@ class Worker:
                 ready = b""
             ours.settimeout(self.timeout)
         if not ready:
-            raise ChildProcessError(f"the decoding process does not start (exit code {self.close()}): see its message "
-                                    f"above, or try in {root}: {sys.executable} -c 'import engine.loader'")
+            raise ChildProcessError(
+                f"the decoding process does not start (exit code {self.close()}): see its message "
+                f"above, or try in {root}: {sys.executable} -c 'import engine.loader'")
 
     def close(self) -> int | None:
         """End the process; returns its exit code, minus the signal's number if a signal ended it."""
@@ -186,7 +192,8 @@ class Worker:
 
 def serve(number: int, timeout: float) -> None:
     """The worker: answers requests on socket `number` until its other end is closed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)   # a scheduler sends it to all; the caller may need more frames
+    # a scheduler sends it to all processes, and the caller may need more frames
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=number) as connection, connection.makefile("rb") as requests:
         connection.sendall(b"ready\n")
         for line in requests:
@@ -194,15 +201,17 @@ def serve(number: int, timeout: float) -> None:
             frames = None
             tick = progress(connection, timeout)
             try:
-                clip = load(request["path"], request["start"], request["end"], request["total_pixels"], tick)
+                clip = load(request["path"], request["start"], request["end"],
+                            request["total_pixels"], tick)
                 frames = clip.frames.numpy()
                 answer = {"shape": frames.shape, "fps": clip.fps}
             except VideoError as error:
                 answer = {"error": str(error)}
             except Exception as error:
-                if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):   # numpy's; torch's
-                    answer = {"error": f"{request['path']}: decoding it takes more memory than there is; re-encode it "
-                                       "in a smaller size with ffmpeg"}
+                # numpy's error; torch's
+                if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+                    answer = {"error": f"{request['path']}: decoding it takes more memory than "
+                                       "there is; re-encode it in a smaller size with ffmpeg"}
                 else:       # sent back whole: a mistake in `load` must not look like a broken video
                     answer = {"mistake": traceback.format_exc()}
             connection.sendall(json.dumps(answer).encode() + b"\n")

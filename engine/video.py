@@ -39,11 +39,14 @@ TOTAL_PIXELS = 3584 * 28 * 28    # of a whole video, 2.8 M
 MIN_PIXELS = 16 * 28 * 28        # a frame's share of them is never less
 FPS = 2.0                        # frames per second
 MAX_FRAMES = 768                 # of a clip; a longer video has fewer per second
-DECODER = (f"decord {decord.__version__}, PyAV {av.__version__}, {FPS} fps, {MIN_PIXELS} pixels, {MAX_FRAMES} frames, "
-           "2")                  # of a cached clip: count up the last number when `load` changes
-DECORD = {"mov,mp4,m4a,3gp,3g2,mj2": ("h264", "hevc", "av1", "mpeg4"), "matroska,webm": ("h264", "hevc", "av1")}
-DECORD_PIXELS = 1920 * 1920      # of a frame; decord holds more of them at a time than PyAV
-DECORD_BYTES = 1 << 30           # of a file; decord reads it all when it opens it, and cannot say how far it is
+VERSION = 2                      # of `load`, for cached clips: count up when its frames change
+DECODER = (f"version {VERSION}, decord {decord.__version__}, PyAV {av.__version__}, "
+           f"{FPS} fps, {MIN_PIXELS} pixels, {MAX_FRAMES} frames")
+DECORD = {                       # format -> codecs that decord reads well
+    "mov,mp4,m4a,3gp,3g2,mj2": ("h264", "hevc", "av1", "mpeg4"),
+    "matroska,webm": ("h264", "hevc", "av1")}
+DECORD_PIXELS = 1920 * 1920      # of a frame; decord holds more frames at a time than PyAV
+DECORD_BYTES = 1 << 30           # of a file; decord reads it whole when it opens it, without a tick
 
 decord.logging.set_level(decord.logging.QUIET)   # what goes wrong is said by VideoError
 
@@ -62,7 +65,7 @@ class Clip:
 
     frames: torch.Tensor        # uint8 (T, 3, H, W), T even
     fps: float                  # frames per second
-    key: tuple | None = None    # what the frames show: file, start, end, budget, cuts. Equal keys mean equal frames
+    key: tuple | None = None    # file, start, end, budget, cuts: equal keys mean equal frames
 
     @property
     def duration(self) -> float:
@@ -86,7 +89,8 @@ class Clip:
 
     def grey(self) -> "Clip":
         """A Clip of the same shape and rate that shows nothing: every value 128."""
-        return replace(self, frames=torch.full_like(self.frames, 128), key=self.extended_key("grey"))
+        frames = torch.full_like(self.frames, 128)
+        return replace(self, frames=frames, key=self.extended_key("grey"))
 
     def extended_key(self, *change: int | str) -> tuple | None:
         if self.key is None:
@@ -103,7 +107,8 @@ def frame_count(duration: float, available: int) -> int:
     return max(count // 2 * 2, 4)
 
 
-def frame_size(height: int, width: int, frames: int, total_pixels: int = TOTAL_PIXELS) -> tuple[int, int]:
+def frame_size(height: int, width: int, frames: int,
+               total_pixels: int = TOTAL_PIXELS) -> tuple[int, int]:
     """(height, width) in pixels of each of `frames` frames, multiples of 28, that keeps a video within its budget.
 
     Sides are rounded to the nearest multiple of 28 or, if the frame then has more than max(total_pixels / frames,
@@ -114,7 +119,7 @@ def frame_size(height: int, width: int, frames: int, total_pixels: int = TOTAL_P
     columns = max(round(width / FACTOR), 1)
     if rows * columns * FACTOR**2 > budget:
         scale = math.sqrt(budget / (height * width))
-        longest = int(budget) // FACTOR**2          # for a very long side, when the other is already 1
+        longest = int(budget) // FACTOR**2      # for a very long side, when the other is already 1
         rows = max(min(int(height * scale) // FACTOR, longest), 1)
         columns = max(min(int(width * scale) // FACTOR, longest), 1)
     return rows * FACTOR, columns * FACTOR
@@ -127,12 +132,12 @@ def beyond(duration: float, start: float, end: float, slack: float) -> str:
     """
     if start < duration and end <= duration + slack:
         return ""
-    return (f"{duration:.2f} s of video, so nothing from {start:g} to {end:g} s: the file is cut short, or is not the "
-            "annotated one; get it again")
+    return (f"{duration:.2f} s of video, so nothing from {start:g} to {end:g} s: "
+            "the file is cut short, or is not the annotated one; get it again")
 
 
-def load(path: str | Path, start: float | None = None, end: float | None = None, total_pixels: int = TOTAL_PIXELS,
-         tick: Callable[[], None] = video_times.nothing) -> Clip:
+def load(path: str | Path, start: float | None = None, end: float | None = None,
+         total_pixels: int = TOTAL_PIXELS, tick: Callable[[], None] = video_times.nothing) -> Clip:
     """Decode a video file, or what it shows from `start` to `end` (seconds), into a Clip whose time 0 is `start`.
 
     Frames are upright: the rotation that phones write into a file is applied. One frame is held at full size beside
@@ -145,14 +150,16 @@ def load(path: str | Path, start: float | None = None, end: float | None = None,
         begin = max(start or 0.0, 0.0)
         stop = track.end if end is None else min(end, track.end)
         if not begin < stop:
-            raise VideoError(f"{path}: lasts {track.end:.2f} s, so it has no part from {start} to {end} s")
+            raise VideoError(
+                f"{path}: lasts {track.end:.2f} s, so it has no part from {start} to {end} s")
         available = np.searchsorted(track.times, stop - EPSILON) - on_display(track.times, begin)
         count = frame_count(stop - begin, int(available))
         moments = begin + np.arange(count) * (stop - begin) / count     # (T,) seconds
         frames = resized(decode(track, moments, tick), count, total_pixels)
     except (av.FFmpegError, video_times.Unreadable) as error:
         cause = getattr(error, "strerror", None) or error
-        raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {Path(path).stat().st_size} bytes); "
+        size = os.path.getsize(path)
+        raise VideoError(f"{path}: cannot be decoded ({cause}; the file has {size} bytes); "
                          "get it again or re-encode it with ffmpeg") from error
     return Clip(frames, float(count / (stop - begin)), (str(path), start, end, total_pixels))
 
@@ -177,13 +184,15 @@ def resized(pictures: Iterable[np.ndarray], count: int, total_pixels: int) -> to
             if not frames:
                 size = frame_size(*picture.shape[:2], count, total_pixels)      # (H, W)
             frame = torch.from_numpy(picture).permute(2, 0, 1)[None]            # (1, 3, h, w)
-            if frame.shape[-2:] != size:    # on uint8, as the Qwen2.5-VL processor: rounded and clamped
-                frame = F.interpolate(frame, size=size, mode="bicubic", antialias=True)     # (1, 3, H, W)
+            if frame.shape[-2:] != size:
+                # (1, 3, H, W), on uint8, as the Qwen2.5-VL processor: rounded and clamped
+                frame = F.interpolate(frame, size=size, mode="bicubic", antialias=True)
         frames.append(frame)
     return torch.cat(frames).contiguous()
 
 
-def decode(track: video_times.Track, moments: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
+def decode(track: video_times.Track, moments: np.ndarray,
+           tick: Callable[[], None]) -> Iterator[np.ndarray]:
     """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (h, w, 3); one that is shown at
     several moments is the same object each time."""
     done = 0
@@ -211,20 +220,21 @@ def decord_reader(track: video_times.Track) -> decord.VideoReader | None:
         return None
     try:    # fault_tol: after as many frames replaced by their neighbours it raises
         reader = decord.VideoReader(track.path, num_threads=1, fault_tol=video_times.FAULTS)
-        spans = reader.get_frame_timestamp(range(len(reader)))      # (N, 2): when each frame appears, and goes
+        spans = reader.get_frame_timestamp(range(len(reader)))  # (N, 2): appears, goes
     except (decord.DECORDError, RuntimeError):
         return None
-    times = np.asarray(spans, dtype=np.float64)[:, 0]
+    times = np.asarray(spans, dtype=np.float64)[:, 0]           # (N,)
     times = times[times >= 0]   # those before are hidden by an edit list: listed, but never given
     if len(times) != len(track.times):
         return None
-    shifts = times - track.times        # all the same, if decord's clock is PyAV's with another time 0
+    shifts = times - track.times        # equal where decord only has another time 0
     if np.abs(np.diff(shifts)).max(initial=0) >= 4 * EPSILON:
         return None
     return reader
 
 
-def decord_frames(reader: decord.VideoReader, index: np.ndarray, tick: Callable[[], None]) -> Iterator[np.ndarray]:
+def decord_frames(reader: decord.VideoReader, index: np.ndarray,
+                  tick: Callable[[], None]) -> Iterator[np.ndarray]:
     """The frames of a non-decreasing `index`, uint8 (h, w, 3).
 
     All frames are read in their order. decord's seeking (get_batch, reader[i], skip_frames) gives other frames than
@@ -239,6 +249,7 @@ def decord_frames(reader: decord.VideoReader, index: np.ndarray, tick: Callable[
                 position += 1
                 tick()
             height, width, _ = frame.shape
-            rows = frame.asnumpy().reshape(height, -1)   # narrow frames come with padded rows, (h, w, 4 and more)
+            # narrow frames come with padded rows, (h, w, 4 and more)
+            rows = frame.asnumpy().reshape(height, -1)
             picture = np.ascontiguousarray(rows[:, :3 * width]).reshape(height, width, 3)
         yield picture

@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")   # preferred ones first
+# preferred ones first
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv")
 
 
 def stem(name: str) -> str:
@@ -40,7 +41,7 @@ def list_videos(folder: str) -> list[str]:
     visited = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in visited:             # large data sets are often linked together, maybe in a circle
+        if real in visited:     # data sets are often linked together, maybe in a circle
             folders.clear()
             continue
         visited.add(real)
@@ -64,7 +65,7 @@ def finder(folder: str) -> Callable[[str], str]:
 
     Raises ValueError when the folder cannot be listed or holds no video.
     """
-    files = {}      # name, with folders and extension or without -> path of the file that is preferred under that name
+    files = {}      # name, with or without folders and extension -> path of the preferred file
     for path in sorted(list_videos(folder), key=preference):
         for name in (path, stem(path), os.path.basename(path), bare(path)):
             files.setdefault(name, os.path.join(folder, path))

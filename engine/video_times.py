@@ -21,7 +21,8 @@ FAULTS = 4          # frames that may be lost before a moment; more, and the fil
 REORDERED = 16      # frames by which a packet may come before or after its turn
 LONGEST = 1e6       # seconds; times beyond are garbage
 USUAL_RATE = 25.0   # frames per second, where a file tells none
-UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "ivf")  # formats without times, or with those of packets
+# formats whose times are missing, or those of packets
+UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo", "obu", "ivf")
 
 
 class Unreadable(ValueError):
@@ -38,7 +39,7 @@ class Track:
     pixels: int             # of a frame, as the header says
     times: np.ndarray       # (N,) seconds, ascending: when each frame appears
     end: float              # seconds: when the last frame goes
-    zero: float | None      # seconds: time 0 on the frames' own clock; None when the i-th frame appears at times[i]
+    zero: float | None      # seconds: time 0 on the frames' own clock; None: count the frames
 
 
 def nothing() -> None:
@@ -58,14 +59,16 @@ def survey(path: str, tick: Callable[[], None] = nothing) -> Track:
         seconds = np.array(rows, float) * float(stream.time_base)       # (N, 3)
         rate = float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
         times, end, zero = timeline(container.format.name, seconds, rate, sounds)
-        return Track(path, container.format.name, codec.name, codec.width * codec.height, times, end, zero)
+        pixels = codec.width * codec.height
+        return Track(path, container.format.name, codec.name, pixels, times, end, zero)
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     stream = container.streams.best("video")
     if stream is None:
         raise Unreadable("it has no video track")
-    stream.codec_context.thread_count = 1       # several videos are decoded at a time; each thread would hold frames
+    # several videos are decoded at a time, and each thread would hold frames
+    stream.codec_context.thread_count = 1
     return stream
 
 
@@ -75,7 +78,7 @@ def packets(container: av.container.InputContainer, stream: av.VideoStream,
     try:
         for packet in container.demux(stream):
             tick()
-            if packet.size:     # empty ones repeat a frame in AVI; the last one of all is PyAV's own
+            if packet.size:     # empty ones repeat a frame in AVI; PyAV adds one at the end
                 yield packet
     except av.InvalidDataError:
         pass
@@ -117,7 +120,8 @@ def timeline(format: str, packets: np.ndarray, rate: float, sounds: list[float])
         rate = USUAL_RATE
     timed = format not in UNTIMED
     completed = complete(shown, durations)
-    ordered = timed and usable(shown) and not (np.diff(sent) < 0).any()     # a clock that starts again is not
+    restarted = (np.diff(sent) < 0).any()       # the clock starts again; False for NaN
+    ordered = timed and usable(shown) and not restarted
     if ordered:
         order = np.argsort(shown, kind="stable")
         times = shown[order]
@@ -178,7 +182,7 @@ def decoded(track: Track, tick: Callable[[], None]) -> Iterator[tuple[float, av.
     count = 0
     with av.open(track.path, metadata_errors="ignore") as container:
         stream = video_stream(container)
-        base = float(stream.time_base)      # multiplied as in survey, so that ties are the same ties
+        base = float(stream.time_base)      # multiplied as in survey: ties are the same ties
         for packet in chain(packets(container, stream, tick), [None]):     # None: what is held back
             if fault and packet:
                 raise fault
@@ -197,7 +201,8 @@ def decoded(track: Track, tick: Callable[[], None]) -> Iterator[tuple[float, av.
                 count += 1
 
 
-def frames(track: Track, moments: Iterable[float], tick: Callable[[], None] = nothing) -> Iterator[np.ndarray]:
+def frames(track: Track, moments: Iterable[float],
+           tick: Callable[[], None] = nothing) -> Iterator[np.ndarray]:
     """The picture on display at each of the ascending `moments` (seconds), uint8 RGB (H, W, 3), upright.
 
     One that is shown at several moments is the same object each time. Raises av.FFmpegError where a packet is
