@@ -93,9 +93,8 @@ class Rollouts:
     mask: Int[Tensor, "B G C"]          # 1 up to and including the stop token
     logprobs: Float[Tensor, "B G C"]    # of each token as it was sampled; 0 after the end
 
-    def split(self, micro_batch_size: int) -> list["Rollouts"]:
-        """Micro-batches of so many prompts, 0: all; each is as long as its own longest completion."""
-        size = micro_batch_size or len(self.prompts)
+    def split(self, size: int) -> list["Rollouts"]:
+        """Micro-batches of `size` prompts; each is as long as its own longest completion."""
         parts = []
         for i in range(0, len(self.prompts), size):
             chosen = slice(i, i + size)
@@ -221,24 +220,22 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
 
 
 def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
-           rollouts: Rollouts,
-           advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str, epsilon: float,
-           num_iterations: int, max_tokens: int, temperature: float,
+           rollouts: Rollouts, advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str,
+           epsilon: float, max_tokens: int, num_iterations: int, temperature: float,
            micro_batch_size: int) -> dict[str, float | None]:
     """`num_iterations` AdamW steps on the loss (Eq. 3, 4) of the rollouts of all processes; returns the metrics of the
     last one. A step of which a metric is not finite is left out, and so are those after it: all processes see the same
     metrics. Without a reference there is no KL term; `max_tokens` is the normalizer of dr_grpo."""
     counts = gather([(advantages.numel(), int(rollouts.mask.sum()), bool(advantages.any()))])
     num_completions, num_tokens, num_learning = (sum(column) for column in zip(*counts))
-    metrics = {"updates": 0, "kl": None, "loss": None, "clipped": None, "mismatch": None,
-               "grad_norm": 0.0}
+    metrics = {"updates": 0, "grad_norm": 0.0, **dict.fromkeys(("loss", "kl", "clipped", "mismatch"))}
     if num_learning == 0:                   # departure 5
         return metrics
-    normalizers = {"grpo": None, "bnpo": float(num_tokens),
-                   "dr_grpo": float(max_tokens * num_completions)}
-    micro_batches = rollouts.split(micro_batch_size)
-    sizes = [len(part.prompts) for part in micro_batches]
-    advantages = advantages.to(rollouts.mask.device).split(sizes)
+    longest_possible = max_tokens * num_completions
+    normalizer = {"grpo": None, "bnpo": num_tokens, "dr_grpo": longest_possible}[loss_type]
+    size = micro_batch_size or len(rollouts.prompts)
+    micro_batches = rollouts.split(size)
+    advantages = advantages.to(rollouts.mask.device).split(size)
 
     def score(model: Policy, part: Rollouts) -> Float[Tensor, "B G C"]:
         return logprobs(model, part.prompts, part.completions, part.mask, temperature)
@@ -256,15 +253,15 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
                 old_logprobs.append(new_logprobs.detach())
             mean_loss, kl, clip_fraction = loss(
                 new_logprobs, old_logprobs[i], ref_logprobs[i], advantages[i], part.mask, beta,
-                num_completions, normalizers[loss_type], epsilon)
+                num_completions, normalizer, epsilon)
             # FSDP averages gradients over the processes; the loss wants their sum
             (mean_loss * len(counts)).backward()
             mismatch = (old_logprobs[i] - part.logprobs).abs().sum()
             sums += torch.stack([mean_loss.detach(), kl, clip_fraction, mismatch]).cpu()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         totals = [sum(column) for column in zip(*gather([sums.tolist()]))]
-        metrics["loss"], metrics["kl"], metrics["clipped"], mismatch = totals
-        metrics["mismatch"] = mismatch / num_tokens
+        metrics |= zip(("loss", "kl", "clipped", "mismatch"), totals)
+        metrics["mismatch"] /= num_tokens
         metrics["grad_norm"] = full_norm(grad_norm)
         if not_finite(metrics):
             break

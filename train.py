@@ -112,13 +112,11 @@ def main(config: Config) -> None:
     pools = samples_by_task(config, samples)
     held_out = evaluate.HeldOut(config, run.output, run.step)
     policy, reference, encoder = load_models(config, device)
-    learning = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
+    optimizer = make_optimizer(policy, config.learning_rate)
     run.restore(policy, optimizer)
     without_verb = len(samples) - min(map(len, pools.values()))
-    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {without_verb} without a "
-                 f"verb, {len(data.missing(samples))} videos missing", rejected)
+    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {without_verb} without verb, "
+                 f"{len(data.missing(samples))} videos missing", rejected)
     loader = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb,
                     config.workers)
 
@@ -140,17 +138,15 @@ def main(config: Config) -> None:
             rollouts = grpo.rollout(                        # G completions per prompt
                 policy, batch.prompts, config.group_size, batch.generators(), encoder.stop_ids,
                 config.max_tokens, config.temperature, config.micro_batch_size)
-            texts = encoder.decode(rollouts.completions, rollouts.mask)                 # B * G
-            rewards = batch.task.reward(texts, batch.repeated(config.group_size))       # Eq. 5-11
-            totals = torch.tensor([reward.total
-                                   for reward in rewards]).view(rollouts.mask.shape[:2])
-            # Eq. 3, (B, G)
-            advantages = grpo.advantages(totals, scale=config.scale_rewards == "std")
-            metrics = grpo.update(                          # AdamW on Eq. 4
+            texts = encoder.decode(rollouts.completions, rollouts.mask)
+            rewards = batch.task.reward(texts, batch.repeated(config.group_size))   # Eq. 5-11
+            totals = torch.tensor([reward.total for reward in rewards])             # (B * G,)
+            advantages = grpo.advantages(                   # Eq. 3, (B, G)
+                totals.view(-1, config.group_size), scale=config.scale_rewards == "std")
+            metrics = grpo.update(                          # AdamW on the loss, Eq. 4
                 policy, reference, optimizer, rollouts, advantages, beta=config.beta,
-                loss_type=config.loss_type, epsilon=config.epsilon,
-                                  num_iterations=config.num_iterations,
-                max_tokens=config.max_tokens, temperature=config.temperature,
+                loss_type=config.loss_type, epsilon=config.epsilon, max_tokens=config.max_tokens,
+                num_iterations=config.num_iterations, temperature=config.temperature,
                 micro_batch_size=config.micro_batch_size)
             completions = describe(batch, rollouts, texts, rewards, advantages, encoder.stop_ids)
             run.log(step, metrics, batch, completions)
@@ -220,6 +216,13 @@ def load_models(config: Config,
     if config.lora_rank and config.beta > 0:
         reference = policy
     return policy, reference, encoder
+
+
+def make_optimizer(policy: model.Policy, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW of all weights that learn, as the paper has it."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                             weight_decay=0.0)
 
 
 if __name__ == "__main__":
