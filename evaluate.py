@@ -109,8 +109,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
     todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
-        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                     strict=True)
+        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
         load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
@@ -231,7 +230,7 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     flags.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_timeout", "workers")
     if config.model:
-        model.check_folder(config.model)
+        lora.check(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
         old = checkpoint.read_config(path)

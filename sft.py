@@ -51,7 +51,6 @@ class Config(VideoFlags):
     max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout), "
                              "such as 16, with a --learning_rate ten times as large or more. 0: train all weights")
-    merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                  "takes 12 bytes a weight, 45 GB for the 3B model")
     keep: int = flag(2, "checkpoints kept, the newest ones")
@@ -99,7 +98,7 @@ def main(config: Config) -> None:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     flags.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_timeout",
                          "workers", "keep", "max_bad_steps")
-    model.check_folder(config.model)
+    lora.check(config.model)
     lora.check_flags(config)
     run = checkpoint.Run(config)        # before anything is loaded
     samples, rejected = data.read(config.annotations, config.videos)
@@ -152,7 +151,7 @@ def main(config: Config) -> None:
             if run.finish(step, policy, optimizer, stop):
                 sys.exit(0)
             began = time.perf_counter()
-        model.save(policy, encoder, run.output / "model", config.merge)
+        model.save(policy, encoder, run.output / "model")
 
 
 def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optimizer,

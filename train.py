@@ -71,7 +71,6 @@ class Config(VideoFlags, AnswerFlags):
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout, "
                              "--freeze_vision implied), for a fraction of the memory; such as 16, with a "
                              "--learning_rate ten times as large or more. 0: train all weights")
-    merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
                                                "more time in scoring, for less memory; same result")
     vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 is "
@@ -111,7 +110,7 @@ def check_flags(config: Config, world: int) -> None:
         raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
     if config.tensorboard:
         check_board()
-    model.check_folder(config.model)
+    lora.check(config.model)
     lora.check_flags(config)
 
 
@@ -167,7 +166,7 @@ def main(config: Config) -> None:
                 sys.exit(0)
             evaluate_if_due(log)
             began = time.perf_counter()
-        model.save(policy, encoder, run.output / "model", config.merge)
+        model.save(policy, encoder, run.output / "model")
 
 
 def announce(run: checkpoint.Run, samples: list[data.Sample], rejected: list[data.Rejected],

@@ -32,7 +32,7 @@ from engine.run import occupied
 
 MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_timeout", "steps", "save_every", "keep", "resume",
               "micro_batch_size", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "gradient_checkpointing", "merge", "eval_every", "eval_videos",
+              "gradient_checkpointing", "eval_every", "eval_videos",
               "tensorboard"}    # of a resumed run
 TENSORS_A_FILE = 64     # a file is put together in memory
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
