@@ -9,8 +9,8 @@ and adapter_model.safetensors. Training that starts from such a folder goes on w
 policy has them as they were.
 
 Merged in bf16, W + 2 B A would be W again wherever the change is less than half a step of bf16, 0.2 to 0.4 % of a
-weight. So a model in fp32 that is only evaluated has its adapters merged; in bf16 they stay beside the weights.
-docs/running.md shows the three lines of peft that merge them for others.
+weight. So adapters that do not learn are merged into weights in fp32, and stay beside weights in bf16. For a folder of
+whole weights, docs/running.md shows three lines of peft.
 """
 import os
 import warnings
@@ -30,7 +30,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NOT_IN = r"model\.visual\..*"               # where layers have the same names
-KEPT = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]       # of a stored adapter's config
+KEPT = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]   # of a stored config
 LEARNED = "default"                         # peft's name of the adapters that learn,
 START = "start"                             # and of those that training began with
 PREFIX = "base_model.model."                # of peft's names in a file
@@ -70,7 +70,8 @@ def check(folder: str) -> None:
     if holds_adapters(folder):
         kind = read_json(folder, CONFIG).get("peft_type")
         if kind != "LORA":
-            raise ModelError(f"{folder}: its {CONFIG} is of {kind!r}, not 'LORA'; merge it into its model with peft")
+            raise ModelError(f"{folder}: its {CONFIG} is of {kind!r}, not 'LORA'; merge it into its "
+                             "model with peft")
         model_folder.check_weights(Path(folder, WEIGHTS))
     model_folder.check(base(folder))
 
@@ -87,13 +88,15 @@ def check_flags(config: Any) -> None:
     if config.lora_rank and holds_adapters(folder):
         rank = read_json(folder, CONFIG).get("r")
         if rank != config.lora_rank:
-            raise ValueError(f"--lora_rank {config.lora_rank}: the adapters in {config.model} have rank {rank}, and "
-                             "training goes on with them; give that rank, or 0 to merge them and train all weights")
+            raise ValueError(f"--lora_rank {config.lora_rank}: the adapters in {config.model} have "
+                             f"rank {rank}, and training goes on with them; give that rank, or 0 to "
+                             "merge them and train all weights")
 
 
 def adapters(model: nn.Module, which: str = LEARNED) -> dict[str, nn.Parameter]:
     """The weights of a model's adapters, by their names in it; none where it has no such adapters."""
-    return {name: weight for name, weight in model.named_parameters() if f".{which}." in name and ".lora_" in name}
+    return {name: weight for name, weight in model.named_parameters()
+            if f".{which}." in name and ".lora_" in name}
 
 
 def frozen(policy: nn.Module) -> set[nn.Parameter]:
@@ -133,14 +136,15 @@ def add_layers(qwen: nn.Module, folder: str, stored: dict[str, Tensor], rank: in
     have the adapters LEARNED, and for stored ones START, too; without, START alone."""
     import peft  # takes most of a second, and only this needs it
 
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")      # peft asks transformers for it
+    # peft asks transformers for it
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     options = {"r": rank, "lora_alpha": 2 * rank}
     if stored:
         config = read_json(folder, CONFIG)
         options = {key: config[key] for key in KEPT if config.get(key) is not None}
     if rank:
         options |= {"target_modules": LINEAR, "exclude_modules": NOT_IN}
-    else:               # the file's own layers by their names, so that no pattern of somebody else's has to be matched
+    else:       # the file's own layers by their names: no pattern of another program is matched
         options["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in stored})
     with one_line(folder, f"its {CONFIG} cannot be used", "copy it again"):
         config = peft.LoraConfig(**options)
@@ -154,14 +158,17 @@ def add_layers(qwen: nn.Module, folder: str, stored: dict[str, Tensor], rank: in
 def fill(qwen: nn.Module, which: str, stored: dict[str, Tensor], folder: str) -> None:
     """Copy what a file has into the adapters `which`. Raises ModelError unless it has all of their weights and nothing
     else: with more, such as DoRA's lengths, this would be another model."""
-    weights = {name.replace(f".{which}.", "."): weight for name, weight in adapters(qwen, which).items()}
+    weights = {name.replace(f".{which}.", "."): weight
+               for name, weight in adapters(qwen, which).items()}
     if not weights:
         return
     wrong = weights.keys() ^ stored.keys()
-    wrong |= {name for name in weights.keys() & stored.keys() if weights[name].shape != stored[name].shape}
+    wrong |= {name for name in weights.keys() & stored.keys()
+              if weights[name].shape != stored[name].shape}
     if wrong:
-        raise ModelError(f"{folder}: its {WEIGHTS} has other weights than the adapters that its {CONFIG} and the model "
-                         f"ask for, or in other shapes (such as {min(wrong)}); merge it into its model with peft")
+        raise ModelError(f"{folder}: its {WEIGHTS} has other weights than the adapters that its "
+                         f"{CONFIG} and the model ask for, or in other shapes (such as {min(wrong)}); "
+                         "merge it into its model with peft")
     for name, weight in weights.items():
         weight.copy_(stored[name])
 
@@ -183,7 +190,7 @@ def reference(policy: nn.Module | None) -> Iterator[None]:
     modules = policy.modules() if policy is not None else ()
     layers = [module for module in modules if LEARNED in getattr(module, "lora_A", ())]
     try:
-        for layer in layers:        # not peft's disable_adapters, which changes what FSDP2 takes for learning
+        for layer in layers:    # peft's disable_adapters would change what FSDP2 takes for learning
             layer._active_adapter = [START]             # skipped by layers that have none
         yield
     finally:
@@ -195,7 +202,7 @@ def write(qwen: nn.Module, weights: dict[str, Tensor], model: str, folder: Path)
     """Write what adapters learned as peft stores it, with the path of the folder of their model."""
     config = qwen.peft_config[LEARNED]
     config.base_model_name_or_path = os.path.abspath(model)
-    config.target_modules = sorted(config.target_modules)       # peft's set has another order in each process
+    config.target_modules = sorted(config.target_modules)   # the order of a set differs by process
     config.save_pretrained(folder)
     learned = {PREFIX + name.replace(f".{LEARNED}.", "."): weight.contiguous()
                for name, weight in weights.items() if f".{LEARNED}." in name}

@@ -67,8 +67,8 @@ def local_folder(name: str, config_only: bool = False) -> str:
     org/name@revision. The model of such a name is in the Hugging Face cache; what the cache lacks is downloaded, with
     `config_only` no more than the config. Raises ModelError when it cannot be downloaded."""
     hub_name = HUB_NAME.fullmatch(name)
-    if hub_name is None or os.path.exists(os.path.dirname(name)):       # the latter is a path, perhaps misspelt
-        return name
+    if hub_name is None or os.path.exists(os.path.dirname(name)):
+        return name                     # a path, perhaps misspelt
     repository, revision = hub_name.groups()
     with suppress(LocalEntryNotFoundError, HFValidationError, ModelError):
         folder = snapshot_download(
@@ -80,7 +80,8 @@ def local_folder(name: str, config_only: bool = False) -> str:
     command = f"hf download {repository}"
     if revision:
         command += f" --revision {revision}"
-    problem = "there is no such folder, the Hugging Face cache has not all of its files, and they cannot be downloaded"
+    problem = ("there is no such folder, the Hugging Face cache has not all of its files, and they "
+               "cannot be downloaded")
     with one_line(name, problem, f"where there is a network, get them: {command}"):
         return snapshot_download(
             repository, revision=revision, allow_patterns=CONFIGS if config_only else DOWNLOADED)
@@ -110,8 +111,8 @@ def read_json(folder: str | Path, name: str) -> dict:
 
 
 def check(folder: str) -> None:
-    """Raise ModelError unless `folder` has a Qwen2.5-VL's config.json, whole weights, tokenizer and chat template. Takes
-    a second and little memory. Adapters are checked by lora.check."""
+    """Raise ModelError unless `folder` has the config.json, weights, tokenizer and chat template of a Qwen2.5-VL. Takes
+    a second and little memory. lora.check calls it, and checks adapters, too."""
     read_config(folder)
     for path in weight_files(folder):
         check_weights(path)
@@ -125,7 +126,7 @@ def read_config(folder: str) -> Qwen2_5_VLConfig:
         values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if values.get("model_type") != "qwen2_5_vl":
             raise ValueError(f"its config.json says model_type {values.get('model_type')!r}")
-        text = values.get("text_config") or values      # as first published, a config has no text_config
+        text = values.get("text_config") or values      # absent as first published
         vision = values.get("vision_config") or {}
         if "hidden_size" not in text or "hidden_size" not in vision:
             raise ValueError("its config.json does not tell the model's sizes")
@@ -150,7 +151,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     with one_line(folder, "its tokenizer cannot be read", way_out):
         for name in TOKENIZER:
             Path(folder, name).stat()           # transformers would go on without
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True)
     check_template(folder, tokenizer)
     return tokenizer
 
@@ -167,14 +169,15 @@ def check_template(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
             if prompt.count(text) != 1:
                 raise ValueError(f"it makes {prompt.count(text)} {text!r} of one")
         if "<think>" in prompt.partition(QUERY)[2]:
-            raise ValueError("it writes <think> itself, so no answer would have it and the format reward would be 0")
+            raise ValueError("it writes <think> itself, so no answer would have it and the format "
+                             "reward would be 0")
 
 
 @contextmanager
 def replaced(folder: str | Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, to be filled within. It takes the place of `folder` once it is complete: whenever
-    this is killed, the new folder or the previous one is whole. Raises OSError, and leaves `folder` as it was, when it
-    cannot be filled."""
+    """An empty folder beside `folder`, to be filled in the with statement; at its end it takes the place of `folder`.
+    Whenever the process is killed, the new folder or the previous one is whole. Raises OSError, and leaves `folder` as
+    it was, when the new one cannot be written."""
     folder = Path(folder)
     unfinished = folder.with_name(folder.name + ".tmp")
     previous = folder.with_name(folder.name + ".old")
@@ -183,7 +186,7 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         for path in unfinished.iterdir():
-            path.chmod(0o644)           # safetensors writes 0600, and other users could not read that
+            path.chmod(0o644)           # safetensors writes 0600: nobody else could read it
     except (SafetensorError, OSError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({error})") from error

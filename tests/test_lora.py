@@ -2,11 +2,11 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
 import torch
-from conftest import finish, start
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -54,11 +54,9 @@ def stored(folder, tmp_path_factory):
 def test_all_linear_layers_of_the_language_model_learn_and_nothing_else(folder):
     policy, _ = model.load(str(folder / "model"), lora_rank=3)
     learning = {name for name, weight in policy.named_parameters() if weight.requires_grad}
-    assert learning == lora.adapters(policy).keys() and len(learning) == 2 * len(LINEAR)
-    assert {name.partition(".lora_")[0] for name in learning} == {f"qwen.{name}" for name in LINEAR}
-    for name in LINEAR:
-        layer = policy.qwen.get_submodule(name)
-        assert layer.lora_A["default"].weight.shape == (3, layer.in_features) and layer.scaling["default"] == 2
+    assert learning == {f"qwen.{name}.lora_{matrix}.default.weight" for name in LINEAR for matrix in "AB"}
+    layer = policy.qwen.get_submodule(LINEAR[0])
+    assert layer.lora_A["default"].weight.shape == (3, layer.in_features) and layer.scaling["default"] == 2
 
 
 @pytest.mark.parametrize("source", ["model", "adapters"])
@@ -85,9 +83,7 @@ def test_the_seed_alone_draws_a(folder):
     def draw(seed):
         return lora.adapters(model.load(str(folder / "model"), lora_rank=8, seed=seed)[0])
 
-    one = draw(1)
-    torch.manual_seed(6)
-    again, other = draw(1), draw(2)
+    one, again, other = draw(1), draw(1), draw(2)
     for name, weight in one.items():
         assert torch.equal(weight, again[name])
         if ".lora_B." in name:
@@ -95,11 +91,10 @@ def test_the_seed_alone_draws_a(folder):
         else:
             bound = weight.shape[1] ** -0.5         # peft's distribution is uniform
             assert 0.9 * bound < weight.abs().max() <= bound and not torch.equal(weight, other[name])
-            assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
 
 
 def test_what_is_saved_is_a_folder_of_peft(folder, tmp_path, scored):
-    """The same model in peft, in transformers, merged with the three lines of docs/running.md, and in this project."""
+    """The same model in transformers, merged with the three lines of docs/running.md, and in this project."""
     policy, encoder = build(folder / "model")
     path = tmp_path / "adapters"
     model.save(policy, encoder, path)
@@ -110,25 +105,22 @@ def test_what_is_saved_is_a_folder_of_peft(folder, tmp_path, scored):
     peft.PeftModel.from_pretrained(qwen, path).merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "merged")
 
-    qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
-    by_peft = peft.PeftModel.from_pretrained(qwen, path).get_base_model()
-    by_transformers = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
-    models = [model.Policy(by_peft, policy.forbidden), model.Policy(by_transformers, policy.forbidden),
-              *(model.load(str(tmp_path / name))[0] for name in ("adapters", "merged")),
-              model.load(str(path), lora_rank=4)[0]]
+    in_transformers = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    merged, _ = model.load(str(tmp_path / "merged"))
+    here, _ = model.load(str(path))
+    learning, _ = model.load(str(path), lora_rank=4)
     expected = scored(policy)
-    for each in models:
+    for each in (model.Policy(in_transformers, policy.forbidden), merged, here, learning):
         torch.testing.assert_close(scored(each), expected, rtol=0, atol=1e-4)
-    assert (scored(model.load(str(folder / "model"))[0]) - expected).abs().max() > 0.1
 
 
 def test_training_that_goes_on_with_adapters_writes_the_learned_ones(stored, tmp_path):
     policy, encoder = build(stored)
     model.save(policy, encoder, tmp_path / "more")
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (stored, tmp_path / "more"))
-    assert before.keys() == after.keys() and len(after) == 2 * len(LINEAR)
+    before = load_file(stored / "adapter_model.safetensors")
+    after = load_file(tmp_path / "more" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
     assert not any(torch.equal(weight, after[name]) for name, weight in before.items())
-    assert lora.base(str(tmp_path / "more")) == lora.base(str(stored))
 
 
 def test_in_bf16_adapters_stay_beside_the_weights(folder, tmp_path, scored):
@@ -138,9 +130,6 @@ def test_in_bf16_adapters_stay_beside_the_weights(folder, tmp_path, scored):
     in_bf16, _ = model.load(str(tmp_path / "adapters"), dtype=torch.bfloat16)
     assert {weight.dtype for weight in in_bf16.parameters()} == {torch.bfloat16}
     assert not lora.adapters(in_bf16) and len(lora.adapters(in_bf16, "start")) == 2 * len(LINEAR)
-    layer = policy.qwen.get_submodule(LINEAR[0])
-    weight, delta = layer.base_layer.weight.bfloat16(), layer.get_delta_weight("default")
-    assert delta.any() and ((weight + delta).bfloat16() == weight).float().mean() > 0.9
     assert (scored(in_bf16) - scored(policy)).abs().mean() < 0.05
     learning, _ = model.load(str(tmp_path / "adapters"), dtype=torch.bfloat16, lora_rank=4)
     assert {weight.dtype for weight in lora.adapters(learning).values()} == {torch.float32}
@@ -185,14 +174,6 @@ def dora(tensors):
     return {**tensors, name: torch.ones(3)}
 
 
-def in_int8(tensors):
-    return {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
-
-
-def of_another_layer(tensors):
-    return {name.replace("layers.0.", "layers.9."): tensor for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize("harm, words", [
     (config(base_model_name_or_path="/nowhere/qwen"), "'/nowhere/qwen', is not there"),
     (config(base_model_name_or_path="org/gone"), "hf download org/gone"),
@@ -202,9 +183,9 @@ def of_another_layer(tensors):
     (config(peft_type="IA3"), "is of 'IA3', not 'LORA'"),
     (cut, "adapter_model.safetensors cannot be used"),
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors cannot be used"),
-    (weights(in_int8), "I8"), (weights(dora), "has other weights"), (config(r=5), "has other weights"),
+    (weights(dora), "has other weights"), (config(r=5), "has other weights"),
     (weights(lambda tensors: dict(list(tensors.items())[1:])), "has other weights"),
-    (config(r=-1), "adapter_config.json cannot be used"), (weights(of_another_layer), "adapter")])
+    (config(r=-1), "adapter_config.json cannot be used")])
 def test_what_is_no_adapter_folder_is_one_line(stored, tmp_path, harm, words):
     """As evaluate.py, ground.py, sft.py and train.py say it, which all load a model in this way."""
     path = shutil.copytree(stored, tmp_path / "adapters")
@@ -252,8 +233,8 @@ def learned(output):
     return load_file(output / "model" / "adapter_model.safetensors")
 
 
-def test_a_run_learns_adapters_and_keeps_nothing_else(unbroken, warm, tmp_path):
-    output = type(tmp_path)(unbroken.output)
+def test_a_run_learns_adapters_and_keeps_nothing_else(unbroken, warm):
+    output = Path(unbroken.output)
     logs = rows(output)
     assert logs[0]["kl"] == 0 and logs[-1]["kl"] > 1e-4 and all(row["grad_norm"] > 0 for row in logs)
     assert max(row["mismatch"] for row in logs) < 1e-4
@@ -265,9 +246,6 @@ def test_a_run_learns_adapters_and_keeps_nothing_else(unbroken, warm, tmp_path):
     assert kept.keys() - names == {f"{name}.{state}" for name in names for state in ("step", "exp_avg", "exp_avg_sq")}
     config = json.loads((output / "model" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(warm), 4, 8)
-    before, after = (model.load(str(path))[0].state_dict() for path in (warm, output / "model"))
-    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
-    assert moved == {f"qwen.{name}.weight" for name in LINEAR}
 
 
 def test_interrupted_and_resumed_is_unbroken(unbroken, tmp_path):
@@ -278,24 +256,11 @@ def test_interrupted_and_resumed_is_unbroken(unbroken, tmp_path):
     with pytest.raises(ValueError, match="--lora_rank 8: .* was made with 4"):
         train.main(replace(settings, resume=True, lora_rank=8))
     train.main(replace(settings, resume=True, steps=3))
-    output = type(tmp_path)(unbroken.output)
+    output = Path(unbroken.output)
     assert rows(tmp_path / "run") == rows(output)
     assert (tmp_path / "run" / "samples.jsonl").read_text() == (output / "samples.jsonl").read_text()
     one, other = learned(tmp_path / "run"), learned(output)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.processes
-def test_a_run_of_two_processes_is_that_of_one(unbroken, tmp_path):
-    settings = replace(unbroken, output=str(tmp_path / "run"), micro_batch_size=1)
-    assert finish(start("train", settings, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
-    output = type(tmp_path)(unbroken.output)
-    for one, two in zip(rows(output), rows(tmp_path / "run"), strict=True):
-        for key in one.keys() - {"mismatch"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-2, abs=1e-4), key
-    one, two = learned(output), learned(tmp_path / "run")
-    flat = [torch.cat([each[name].flatten() for name in sorted(one) if "lora_B" in name]) for each in (one, two)]
-    assert (flat[0] - flat[1]).norm() < 0.05 * flat[0].norm()
 
 
 def test_every_script_takes_an_adapter_folder(unbroken, warm, folder, tmp_path, capsys):

@@ -10,17 +10,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import evaluate
 import ground
 import grpo
 import model
 import rewards
-import tasks
-from data import Sample
-from engine import lora, model_folder, video
-from engine.flags import command_line
+from engine import lora, model_folder
 from engine.model_folder import ModelError
 from engine.video import Clip
 from lab import plan
@@ -39,21 +35,16 @@ def copy(folder, tmp_path):
     return shutil.copytree(folder / "model", tmp_path / "model")
 
 
-def change(name, value, *keys):
-    """A change of a folder: the value under `keys` in a JSON file."""
-    def apply(folder):
-        values = json.loads((folder / name).read_text())
-        *path, last = keys
-        part = values
-        for key in path:
-            part = part[key]
-        part[last] = value
-        (folder / name).write_text(json.dumps(values))
-    return apply
-
-
 def config(value, *keys):
-    return change("config.json", value, *keys)
+    """A change of a folder: the value under `keys` in its config.json."""
+    def apply(folder):
+        values = json.loads((folder / "config.json").read_text())
+        part = values
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        (folder / "config.json").write_text(json.dumps(values))
+    return apply
 
 
 def write(name, text):
@@ -62,13 +53,6 @@ def write(name, text):
 
 def template(text):
     return write("chat_template.jinja", text)
-
-
-def template_in_config(value):
-    def apply(folder):
-        (folder / "chat_template.jinja").unlink()
-        change("tokenizer_config.json", value, "chat_template")(folder)
-    return apply
 
 
 def cut(name, size):
@@ -99,7 +83,6 @@ def index(name):
 REFUSED = {     # before a model is built: (what is wrong with the folder, words of the line)
     "no config": (remove("config.json"), "not a model folder.*config.json.*--model"),
     "broken config": (cut("config.json", 50), "not a model folder"),
-    "no object": (write("config.json", "[]"), "not a model folder"),
     "another architecture": (config("qwen2_vl", "model_type"), "qwen2_vl"),
     "no sizes": (config({}, "text_config"), "sizes"),
     "no sizes of the vision tower": (config(None, "vision_config"), "sizes"),
@@ -107,7 +90,6 @@ REFUSED = {     # before a model is built: (what is wrong with the folder, words
     "quantised": (config({"quant_method": "fp8"}, "quantization_config"), "quantised"),
     "quantised text": (config({"quant_method": "awq"}, "text_config", "quantization_config"), "quantised"),
     "whole numbers": (weights(lambda weight: weight.to(torch.int8)), r"model.safetensors .*quantised weights: I8"),
-    "8 bits": (weights(lambda weight: weight.to(torch.float8_e4m3fn), "mlp"), "quantised weights: F8_E4M3"),
     "no weights": (remove("model.safetensors"), "model.safetensors cannot be used"),
     "truncated weights": (cut("model.safetensors", 100_000), "model.safetensors cannot be used"),
     "a file of weights is missing": (index("gone.safetensors"), "gone.safetensors cannot be used"),
@@ -118,11 +100,8 @@ REFUSED = {     # before a model is built: (what is wrong with the folder, words
     "template without video": (template(ONLY_TEXT), "makes 0 '<|video_pad|>' of one"),
     "template with two videos": (template(RIGHT + "<|video_pad|>"), "makes 2 '<|video_pad|>' of one"),
     "template without text": (template("<|video_pad|>"), "makes 0 'When .*' of one"),
-    "template of a text alone": (template("{{ messages[0].role + messages[0].content }}"), "template.*list"),
-    "template that is none": (template("{% for m in messages %}"), "template.*endfor"),
     "template that raises": (template("{{ raise_exception('not for you') }}"), "template.*not for you"),
-    "template that thinks": (template(RIGHT + "<think>\n"), "template.*writes <think> itself"),
-    "template in the config": (template_in_config(ONLY_TEXT), "makes 0 '<|video_pad|>' of one")}
+    "template that thinks": (template(RIGHT + "<think>\n"), "template.*writes <think> itself")}
 
 
 def refuses(check, folder, words):
@@ -153,11 +132,11 @@ def test_models_that_cannot_be_built(copy, harm, words):
 
 
 def test_a_tokenizer_needs_the_stop_tokens(copy):
-    path = copy / "tokenizer.json"
-    path.write_text(path.read_text().replace("<|im_end|>", "<|im_stop|>"))
+    """Without them, every completion would be as long as it may be."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = copy / name
+        path.write_text(path.read_text().replace("<|im_end|>", "<|im_stop|>"))
     with pytest.raises(ModelError, match=r"tokenizer lacks <\|im_end\|>"):
-        change("tokenizer_config.json", "<|im_stop|>", "eos_token")(copy)
-        change("tokenizer_config.json", [], "extra_special_tokens")(copy)
         model.load(str(copy))
 
 
@@ -167,25 +146,14 @@ def link(folder):
 
 
 @pytest.mark.parametrize("harmless", [
-    template(RIGHT), template_in_config(RIGHT),
-    template_in_config([{"name": "tool_use", "template": ""}, {"name": "default", "template": RIGHT}]),
-    index("model.safetensors"), config(None, "quantization_config"), weights(torch.Tensor.bfloat16), link])
+    template(RIGHT), index("model.safetensors"), config(None, "quantization_config"),
+    weights(torch.Tensor.bfloat16), link])
 def test_folders_that_can_be_used(copy, harmless):
     harmless(copy)
     lora.check(str(copy))
     policy, encoder = model.load(str(copy))
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
     assert encoder.tokenizer.decode(encoder.encode("when?", CLIP).ids).count("<|video_pad|>") == 2
-
-
-def test_a_bad_folder_is_one_line_and_exit_code_2(folder, copy, tmp_path, monkeypatch, capsys):
-    config({"quant_method": "awq"}, "quantization_config")(copy)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(copy), "--annotations", str(folder / "test.txt"),
-                                     "--videos", str(folder / "videos"), "--output", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as stop:
-        command_line(evaluate.Config, evaluate.main, "")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and "quantised" in message
 
 
 def test_tags_that_are_special_tokens(copy):
@@ -223,38 +191,29 @@ def test_weights_that_are_no_numbers(folder, copy, tmp_path, value):
 
 
 def test_a_file_that_changes_does_not_change_the_model(copy):
-    """Whoever overwrites model.safetensors in place, or cuts it short, does it to the next run only."""
-    path = copy / "model.safetensors"
+    """Whoever overwrites model.safetensors in place does it to the next run only."""
     policy, _ = model.load(str(copy))
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        file.write(b"\x42" * (path.stat().st_size // 2))
-    assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
-    os.truncate(path, 10_000)
-    assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())     # no SIGBUS
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.seek(100_000)
+        file.write(b"\x42" * 100_000)
+    for name, weight in policy.named_parameters():
+        assert torch.equal(weight, before[name])
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tiny, copy, tmp_path, monkeypatch):
-    """Whatever fails, and however a run ended that wrote it before."""
+    """On a full disk, and where a run that was killed has left its own."""
     policy, encoder = tiny
-    for name in ("model.tmp", "model.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "left").touch()
-    before = {path.name: path.read_bytes() for path in copy.iterdir()}
-
-    def full(path):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(encoder.tokenizer, "save_pretrained", full)
-    with pytest.raises(OSError, match=f"{copy}: could not be written .no space left"):
+    shutil.copytree(copy, tmp_path / "model.tmp")
+    shutil.copytree(copy, tmp_path / "model.old")
+    before = (copy / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"{copy}: could not be written .*No space"):
+        patch.setattr(shutil, "copy", lambda *_: open("/dev/full", "w").write("x" * 10 ** 5))
         model.save(policy, encoder, copy)
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
-    assert not (tmp_path / "model.tmp").exists()
-    monkeypatch.undo()
+    assert (copy / "model.safetensors").read_bytes() == before and not (tmp_path / "model.tmp").exists()
     model.save(policy, encoder, copy)
-    assert {path.name for path in copy.iterdir()} == before.keys() and [*tmp_path.iterdir()] == [copy]
-    assert (copy / "model.safetensors").read_bytes() != before["model.safetensors"]         # in fp64
+    assert (copy / "model.safetensors").read_bytes() != before          # this one is in fp64
+    assert list(tmp_path.iterdir()) == [copy]
 
 
 def test_transformers_generates_the_same_with_these_positions(folder, tmp_path):
@@ -263,8 +222,7 @@ def test_transformers_generates_the_same_with_these_positions(folder, tmp_path):
     file = next((folder / "videos").glob("test*.mp4"))
     text = snippet.replace('"runs/charades/model"', f'"{folder / "model"}"').replace('"video.mp4"', f'"{file}"')
     assert str(file) in text and str(folder) in text
-    names = {"model": model, "tasks": tasks, "video": video, "Sample": Sample, "torch": torch,
-             "AutoTokenizer": AutoTokenizer, "AutoModelForImageTextToText": AutoModelForImageTextToText}
+    names = {}
     exec(compile(text.replace("max_new_tokens=1024", "max_new_tokens=12"), "docs/transformers.md", "exec"), names)
     policy, encoder = model.load(str(folder / "model"))
     rollouts = grpo.rollout(policy, [names["prompt"]], 1, 12, encoder.stop_ids)
@@ -288,16 +246,12 @@ def hub(folder, tmp_path, monkeypatch):
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """The options of every call that would download; such a call first runs what is appended to .repair."""
-    class Calls(list):
-        repair = staticmethod(lambda: None)
-
-    calls, download = Calls(), model_folder.snapshot_download
+    """The options of all calls that would download; they are answered from the cache instead."""
+    calls, download = [], model_folder.snapshot_download
 
     def get(repository, **options):
         if not options.get("local_files_only"):
             calls.append(options)
-            calls.repair()
         return download(repository, **{**options, "local_files_only": True})
 
     monkeypatch.setattr(model_folder, "snapshot_download", get)
@@ -333,16 +287,15 @@ def test_a_path_is_never_looked_up_on_the_hub(hub, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "model-1.safetensors", "tokenizer.json", "config.json"])
-def test_what_is_not_whole_is_downloaded(hub, tmp_path, downloads, lost):
+def test_what_is_not_whole_is_downloaded(hub, downloads, lost):
     """A download that broke leaves a folder, which huggingface_hub takes for the model."""
     if lost == "model-1.safetensors":
-        (hub / "model.safetensors").rename(hub / lost)
         index(lost)(hub)
-    (hub / lost).rename(tmp_path / lost)
-    downloads.repair = lambda: (tmp_path / lost).rename(hub / lost)
-    assert model_folder.local_folder("org/tiny@main") == str(hub) and (hub / lost).exists()
-    assert [(options["revision"], "*.safetensors" in options["allow_patterns"]) for options in downloads] == [
-        ("main", True)]
+    else:
+        (hub / lost).unlink()
+    model_folder.local_folder("org/tiny@main")
+    options, = downloads
+    assert options["revision"] == "main" and "*.safetensors" in options["allow_patterns"]
 
 
 @pytest.mark.parametrize("name, command", [("org/gone", "hf download org/gone"),
