@@ -277,21 +277,23 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, l
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
-        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own "
+                         "tokenizer files")
     way_out = "copy config.json and the *.safetensors files again"
     with one_line(folder, "the model cannot be built", way_out):
         qwen, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", local_files_only=True,
-            output_loading_info=True, ignore_mismatched_sizes=True)
-        wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+            attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+        wrong = sorted(report["missing_keys"])
+        wrong += sorted(name for name, *_ in report["mismatched_keys"])
         if wrong:       # transformers only warns, and leaves random numbers in them
-            raise ValueError(f"{len(wrong)} weights are missing or have another shape than config.json says, such as "
-                             f"{wrong[0]}")
+            raise ValueError(f"{len(wrong)} weights are missing or have another shape than "
+                             f"config.json says, such as {wrong[0]}")
     lora.attach(qwen, adapters, lora_rank, seed)
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     policy = Policy(qwen.to(device), forbidden)
     for weight in policy.parameters():
-        if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
+        if weight.device.type == "cpu":     # else it lies in the file, and changes with that
             weight.data = weight.data.clone()
     return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, folder)
 
@@ -300,10 +302,11 @@ def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
     """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes. Of a policy
     that learns adapters, the folder holds these alone, as peft stores them."""
     only_adapters = bool(lora.adapters(policy))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
-    weights = get_model_state_dict(policy, options=options)                     # a collective when sharded
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
+    weights = get_model_state_dict(policy, options=options)                 # a collective when sharded
     if policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight:
-        weights.pop("qwen.lm_head.weight", None)                                # tied: stored once, as in the 3B folder
+        weights.pop("qwen.lm_head.weight", None)        # tied: stored once, as in the 3B folder
     weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
         with model_folder.replaced(folder) as unfinished:
