@@ -62,8 +62,9 @@ def main(config: Config) -> list[dict]:
                    for query in queries[i:i + config.batch_size]]
         task = tasks.in_form(tasks.TASKS["TVG"], config.think)
         prompts = [tasks.prepare(sample, task, encoder, lambda *part: clip) for sample in samples]
-        rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
-        texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
+        rollouts = grpo.sample(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
+        model.check_finite(rollouts.logprobs, config.model)
+        texts += encoder.decode(rollouts.completions, rollouts.mask)
     answers = []
     for query, text in zip(queries, texts):
         start, end = rewards.segment(text) or (None, None)

@@ -153,7 +153,7 @@ def test_folders_that_can_be_used(copy, harmless):
     lora.check(str(copy))
     policy, encoder = model.load(str(copy))
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
-    assert encoder.tokenizer.decode(encoder.encode("when?", CLIP).ids).count("<|video_pad|>") == 2
+    assert encoder.tokenizer.decode(encoder.encode("when?", CLIP).input_ids).count("<|video_pad|>") == 2
 
 
 def test_tags_that_are_special_tokens(copy):
@@ -171,7 +171,7 @@ def test_tags_that_are_special_tokens(copy):
     assert encoder.decode(ids, torch.ones_like(ids)) == [answer]
     assert rewards.format_reward(answer, timed=True) == 1
     for text in ("Think in <think> </think>.", "a <|video_pad|> in <think> </think>"):
-        assert encoder.encode(text, CLIP).ids.tolist() == plain.encode(text, CLIP).ids.tolist()
+        assert encoder.encode(text, CLIP).input_ids.tolist() == plain.encode(text, CLIP).input_ids.tolist()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -187,7 +187,7 @@ def test_weights_that_are_no_numbers(folder, copy, tmp_path, value):
     with pytest.raises(ModelError, match=f"{name}: the model's logits are not finite"):
         ground.main(ground.Config(video=str(video_file), queries=["a circle spins"], model=name, max_tokens=2))
     policy, encoder = model.load(name)
-    grpo.rollout(policy, [encoder.encode("when?", CLIP)], 2, 2, encoder.stop_ids)
+    grpo.sample(policy, [encoder.encode("when?", CLIP)], 2, 2, encoder.stop_ids)
 
 
 def test_a_file_that_changes_does_not_change_the_model(copy):
@@ -225,7 +225,7 @@ def test_transformers_generates_the_same_with_these_positions(folder, tmp_path):
     names = {}
     exec(compile(text.replace("max_new_tokens=1024", "max_new_tokens=12"), "docs/transformers.md", "exec"), names)
     policy, encoder = model.load(str(folder / "model"))
-    rollouts = grpo.rollout(policy, [names["prompt"]], 1, 12, encoder.stop_ids)
+    rollouts = grpo.sample(policy, [names["prompt"]], 1, 12, encoder.stop_ids)
     assert names["ids"].tolist() == rollouts.completions[0].tolist()
     assert names["answer"] == encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])[0]
 
