@@ -13,9 +13,7 @@ Departures from transformers: patches are cut here, in 20 lines, because the lib
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
 rounding does not move a patch.
 """
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,22 +26,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-from engine import attention, lora
+from engine import attention, lora, model_folder
 from engine.attention import Packed
-from engine.hub import local_folder
-from engine.lora import check_folder
-from engine.model_folder import ModelError, brief, check_config
+from engine.model_folder import ModelError, one_line
 from engine.sampling import Decoding
 from engine.video import Clip
 
-__all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder",
-           "cut_patches", "load", "pack", "place", "save", "see"]
+__all__ = ["Encoder", "ModelError", "Policy", "Prompt", "cut_patches", "load", "pack", "place",
+           "save", "see"]
 
 PATCH, MERGE = 14, 2        # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
 # of CLIP's training images, as Qwen2.5-VL's processor has them
@@ -328,89 +323,59 @@ def groups_of_patches(prompts: dict[Any, Prompt]) -> list[dict[Any, Prompt]]:
     return groups
 
 
-def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
-    hub, or from a folder of adapters, whose model is loaded with them. `lora_rank`: of adapters
-    that learn, see engine/lora.py.
+def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, lora_rank: int = 0,
+         seed: int = 0) -> tuple[Policy, Encoder]:
+    """Policy and Encoder of a Hugging Face folder of safetensors, or of a folder of adapters with the model that they
+    belong to; `folder` may be a name on the hub. With `lora_rank`, adapters of that rank learn and all else is frozen:
+    see engine/lora.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
-    check_folder(folder)
-    folder, adapters = lora.base(folder), local_folder(folder)
-    # Of tokenizers and models in another form than they expect, transformers and torch raise any Exception.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
-                                                  local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be read ({brief(error)}); copy the "
-                         "tokenizer*.json files again") from error
+    lora.check(folder)
+    adapters, folder = model_folder.local_folder(folder), lora.base(folder)
+    tokenizer = model_folder.load_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
         raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's "
                          "own tokenizer files")
-    try:
+    way_out = "copy config.json and the *.safetensors files again"
+    with one_line(folder, "the model cannot be built", way_out):
         qwen, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True)     # of a weight that is missing it only warns
-    except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be built ({brief(error)}); copy config.json "
-                         "and the *.safetensors files again") from error
-    lost = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
-    if lost:
-        raise ModelError(f"{folder}: {len(lost)} weights are missing or have another shape than "
-                         f"config.json says, such as {lost[0]}; copy config.json and the "
-                         "*.safetensors files again")
-    forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+            attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+        wrong = sorted(report["missing_keys"])
+        wrong += sorted(name for name, *_ in report["mismatched_keys"])
+        if wrong:       # transformers only warns, and leaves random numbers in them
+            raise ValueError(f"{len(wrong)} weights are missing or have another shape than "
+                             f"config.json says, such as {wrong[0]}")
     lora.attach(qwen, adapters, lora_rank, seed)
+    forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     policy = Policy(qwen.to(device), forbidden)
-    for weight in qwen.parameters():
-        # else it lies in the file, and changes or vanishes with that
-        if weight.device.type == "cpu":
+    for weight in policy.parameters():
+        if weight.device.type == "cpu":     # else it lies in the file, and changes with that
             weight.data = weight.data.clone()
-    return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
+    return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, folder)
 
 
 def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
     """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes. Of a policy
-    that learns adapters it has these alone, as peft stores them, unless they are to be merged into the weights."""
+    that learns adapters, the folder holds these alone, as peft stores them."""
     only_adapters = bool(lora.adapters(policy))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True,
-                               ignore_frozen_params=only_adapters)
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
     weights = get_model_state_dict(policy, options=options)             # a collective when sharded
     if policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight:
-        weights.pop("qwen.lm_head.weight", None)            # tied: stored once, as in the 3B folder
+        weights.pop("qwen.lm_head.weight", None)        # tied: stored once, as in the 3B folder
+    weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        folder = Path(folder)
-        unfinished, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
+        with model_folder.replaced(folder) as unfinished:
             if only_adapters:
                 lora.write(policy.qwen, weights, encoder.folder, unfinished)
             else:
                 policy.qwen.save_pretrained(unfinished, state_dict=weights)
             encoder.tokenizer.save_pretrained(unfinished)
-            # The source's own files, which older versions of transformers read, too: those of version 5 they do not.
-            for path in Path(encoder.folder).iterdir() if encoder.folder else ():
-                wanted = path.suffix in (".json", ".jinja") or path.name == "merges.txt"
-                # beside a config.json, transformers would look for whole weights, too, not for adapters' model
-                wanted &= not (only_adapters and path.name == "config.json")
-                if wanted and not path.name.endswith(".safetensors.index.json"):
-                    shutil.copy(path, unfinished)
-            for path in unfinished.iterdir():
-                path.chmod(0o644)  # safetensors writes 0600, and other users would see no such file
-        except (SafetensorError, OSError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(f"{folder}: could not be written ({error})") from error
-        # a folder cannot replace another: whenever this is killed, one of them is whole
-        if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            os.replace(folder, previous)
-        os.replace(unfinished, folder)
-        shutil.rmtree(previous, ignore_errors=True)
+            if encoder.folder:
+                model_folder.copy_texts(encoder.folder, unfinished, with_config=not only_adapters)
     if dist.is_initialized():
         dist.barrier()

@@ -178,7 +178,7 @@ def check_flags(config: Config, world: int) -> None:
                          f"{world} processes")
     if config.tensorboard:
         check_board()
-    model.check_folder(config.model)
+    lora.check(config.model)
     lora.check_flags(config)
 
 
