@@ -63,7 +63,7 @@ COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-
 class Reward:
     """The named parts of a reward, each in [0, 1]: "format" and one of "iou", "vc", "ar", "vd"."""
     parts: dict[str, float]
-    said: dict[str, float] = field(default_factory=dict, compare=False)     # numbers for the log that pay nothing
+    info: dict[str, float] = field(default_factory=dict, compare=False)     # numbers for the log that pay nothing
 
     @property
     def total(self) -> float:

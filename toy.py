@@ -32,7 +32,7 @@ import rewards
 import sft
 import tasks
 import train
-from engine import checkpoint, files, flags, lora, plot, scores, video
+from engine import files, flags, lora, plot, scores, video
 from engine.flags import flag
 from engine.run import occupied, one_run
 
@@ -259,8 +259,8 @@ def main(config: Config) -> dict[str, dict]:
         if not config.resume:
             raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another "
                              "folder")
-        before = checkpoint.read_config(world / "config.json")
-        for name in checkpoint.compare_configs(vars(config), before, {"output", "resume"}):
+        before = files.read_config(world / "config.json")
+        for name in files.changed_flags(vars(config), before, {"output", "resume"}):
             raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
     files.write_config(config, world)
     print(f"1. writing videos and annotations to {world}/", flush=True)

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def run(jobs: list[Job], parallel: int, threads: int, finish: Callable[[Job], st
     environment = dict(os.environ)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    with stop_signals() as stop:
+    stop = threading.Event()
+    with stop_signals(stop):
         while waiting or running:
             for job in list(waiting):
                 if job.needs and job.needs.name in failed:
