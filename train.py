@@ -242,7 +242,7 @@ def describe(some: list[batches.Picked], rollouts: grpo.Rollouts, texts: list[st
         for g in range(advantage.shape[1]):
             text, reward = next(said)
             rows.append({"index": picked.index, "id": picked.item.id, "query": picked.item.query, "completion": text,
-                         "reward": reward.total, **reward.parts, **reward.said, "advantage": advantage[b, g].item(),
+                         "reward": reward.total, **reward.parts, **reward.info, "advantage": advantage[b, g].item(),
                          "tokens": lengths[b][g], "logprob": logprobs[b][g], "truncated": last[b][g] not in stop_ids,
                          "bad_videos": [str(error) for error in picked.errors] if g == 0 else []})
     return rows
