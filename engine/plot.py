@@ -138,28 +138,29 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return sums / np.convolve(np.ones(len(values)), window, "same")
 
 
-def examples(rows: list[dict], out_png: str | Path) -> None:
-    """Draw answers as bars under the frames of their videos, on one time axis in seconds, into a PNG.
+def examples(clips: list[Clip], predictions: list[dict[str, dict]], out_png: str | Path, thoughts: bool = False) -> None:
+    """Draw the answers to queries as bars under the frames of their videos, on one time axis in seconds, into a PNG.
 
-    rows: dicts of clip (a Clip), query, truth (start, end), answers and iou {"before": ..., "after": ...}; an answer
-    is (start, end) in seconds or None; "notes", where there are any, are lines to write below. The left edge of a
-    frame is its time; what does not fit its place is cut off.
+    For each clip there is {"before": row, "after": row}, with rows of predictions.jsonl for one query, or others with
+    their query, truth (start, end), start and end in seconds, or None, and iou. With `thoughts` their completions are
+    written below. The left edge of a frame is its time; what does not fit its place is cut off.
     """
-    size = 11, 2.2 * len(rows)      # inches
-    figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, layout="constrained")
-    for axis, row in zip(axes[:, 0], rows):
-        draw_answers(axis, row)
-        notes = "\n".join(row.get("notes", ()))
-        axis.set_xlabel(notes, fontsize=6.5, loc="left", wrap=True, parse_math=False)
+    size = 11, 2.2 * len(clips)      # inches
+    figure, axes = plt.subplots(len(clips), 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, clip, rows in zip(axes[:, 0], clips, predictions):
+        draw_answers(axis, clip, rows)
+        if thoughts:
+            text = "\n".join(f"{name}: {row['completion']}" for name, row in rows.items())
+            axis.set_xlabel(text, fontsize=6.5, loc="left", wrap=True, parse_math=False)
     figure.supxlabel("time (s)", fontsize=10)
     save(figure, out_png)
 
 
-def method(row: dict, segment: Clip, notes: dict[str, str], out_png: str | Path) -> None:
-    """Draw TVG and its inversion into a PNG: a row of `examples`, and below it the segment that the inversion tasks
-    see; notes {task: what it asks, and what was answered} stand at the bottom."""
+def method(clip: Clip, rows: dict[str, dict], segment: Clip, notes: dict[str, str], out_png: str | Path) -> None:
+    """Draw TVG and its inversion into a PNG: a clip with its rows as in `examples`, below it the segment that the
+    inversion tasks see, and at the bottom notes {task: what it asks, and what was answered}."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 4.9), height_ratios=(4.6, 3), layout="constrained")
-    draw_answers(above, row)
+    draw_answers(above, clip, rows)
     above.set_xlabel("time (s)")
     width = min(len(segment.frames) / 12, 1)     # of the picture: few frames are no wider than those above
     strip(below, segment, 13 * width)
@@ -171,22 +172,23 @@ def method(row: dict, segment: Clip, notes: dict[str, str], out_png: str | Path)
     save(figure, out_png)
 
 
-def draw_answers(axis: plt.Axes, row: dict) -> None:
-    """The frames of a row of `examples`, and the truth and the answers as bars below them."""
-    clip = row["clip"]
+def draw_answers(axis: plt.Axes, clip: Clip, rows: dict[str, dict]) -> None:
+    """The frames of a clip, and below them the true segment and the answers as bars."""
     strip(axis, clip)
-    bars = {"truth": row["truth"], **row["answers"]}   # name: span in seconds or None
+    row, *_ = rows.values()
+    bars = {"truth": row["truth"]}      # name: span in seconds
+    for name, row in rows.items():
+        bars[name] = row["start"], row["end"]
     heights = [-0.75 - 0.8 * i for i in range(len(bars))]
-    colours = (COLOURS["truth"], COLOURS["before"], COLOURS["after"], *NEW_TASKS)
-    for y, span, colour in zip(heights, bars.values(), colours):
-        if span is None:
+    colours = COLOURS["truth"], COLOURS["before"], COLOURS["after"]
+    for y, (start, end), colour in zip(heights, bars.values(), colours):
+        if start is None:
             axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
             continue
-        left = np.clip(span[0], 0, 0.995 * clip.duration)       # what is beyond the end is drawn at the end
-        right = np.clip(span[1], 0, clip.duration)
-        width = max(right - left, 0.005 * clip.duration)        # an answer of no length is a thin line
+        left = np.clip(start, 0, 0.995 * clip.duration)                             # beyond the end: at the end
+        width = max(np.clip(end, 0, clip.duration) - left, 0.005 * clip.duration)   # of no length: a thin line
         axis.barh(y, width, 0.6, left, color=colour)
-    scores = ", ".join(f"{name} {value:.2f}" for name, value in row["iou"].items())
+    scores = ", ".join(f"{name} {row['iou']:.2f}" for name, row in rows.items())
     title = f"{row['query']}   (IoU {scores})"
     axis.set_title(title, fontsize=10, loc="left", wrap=True, parse_math=False)
     axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
