@@ -55,16 +55,16 @@ def main(config: Config) -> list[dict]:
     clip = load(config.video)
     load.close()
     _, _, device = distributed.start_process()
-    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                 strict=True)
+    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
     texts = []
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
                    for query in queries[i:i + config.batch_size]]
         task = tasks.in_form(tasks.TASKS["TVG"], config.think)
         prompts = [tasks.prepare(sample, task, encoder, lambda *part: clip) for sample in samples]
-        rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
-        texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
+        rollouts = grpo.sample(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
+        model.check_finite(rollouts.logprobs, config.model)
+        texts += encoder.decode(rollouts.completions, rollouts.mask)
     answers = []
     for query, text in zip(queries, texts):
         start, end = rewards.segment(text) or (None, None)

@@ -32,7 +32,7 @@ import rewards
 import sft
 import tasks
 import train
-from engine import checkpoint, files, flags, logs, lora, plot, scores, video
+from engine import files, flags, logs, lora, plot, scores, video
 from engine.flags import flag
 from engine.run import occupied, one_run
 
@@ -335,8 +335,8 @@ def check_flags(config: Config) -> None:
         return
     if not config.resume:
         raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another folder")
-    before = checkpoint.read_config(world / "config.json")
-    for name in checkpoint.compare_configs(vars(config), before, {"output", "resume"}):
+    before = files.read_config(world / "config.json")
+    for name in files.changed_flags(vars(config), before, {"output", "resume"}):
         raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
 
 

@@ -87,8 +87,6 @@ def check_rank(rank: int) -> None:
 def check_flags(config: Any) -> None:
     """Raise ValueError, naming the flag, for --lora_rank and --merge that cannot work with --model."""
     check_rank(config.lora_rank)
-    if config.merge and not config.lora_rank:
-        raise ValueError("--merge writes adapters into the weights, and without --lora_rank there are none")
     if config.lora_rank and base(config.model) != local_folder(config.model):
         if (rank := peft_config(local_folder(config.model)).get("r")) != config.lora_rank:
             raise ValueError(f"--lora_rank {config.lora_rank}: the adapters in {config.model} have rank {rank}, and "

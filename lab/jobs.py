@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def run(jobs: list[Job], at_once: int, threads: int, finish: Callable[[Job], str
             process = subprocess.Popen(commands[0], stdout=log, stderr=log, env=environment, start_new_session=True)
         running[process] = job, commands[1:]
 
-    with stop_signals() as stop:
+    stop = threading.Event()
+    with stop_signals(stop):
         while waiting or running:
             lost = [job for job in waiting if job.needs and job.needs.name in failed]
             failed += [job.name for job in lost]
