@@ -27,6 +27,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -36,6 +37,8 @@ from engine.distributed import full_norm, gather, gathered
 from engine.files import not_finite
 from engine.sampling import draw_token, rows_to_keep
 from model import Policy, Prompt, pack, see
+
+MAX_GRAD_NORM = 1.0     # longer gradients are cut to this length, the usual value
 
 
 def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tensor, "*B G"]:
@@ -49,8 +52,9 @@ def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tens
 
 
 def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
-         ref_logprobs: Float[Tensor, "B G C"] | None, advantages: Float[Tensor, "B G"], mask: Int[Tensor, "B G C"],
-         beta: float, num_completions: int, normalizer: float | None = None, epsilon: float = math.inf,
+         ref_logprobs: Float[Tensor, "B G C"] | None, advantages: Float[Tensor, "B G"],
+         mask: Int[Tensor, "B G C"], beta: float, num_completions: int,
+         normalizer: float | None = None, epsilon: float = math.inf,
          ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """(loss, KL, clip fraction): the negative of Eq. 4, the KL in it, and the share of tokens whose gain is clipped.
 
@@ -59,20 +63,26 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
     is the sum over all tokens divided by it: by the tokens of the whole batch (bnpo), or by num_completions times the
     longest completion (dr_grpo). Without ref_logprobs there is no KL.
     """
-    ratio = torch.exp(logprobs - old_logprobs)                                      # (B, G, C)
-    gain = ratio * advantages[..., None]
-    clipped_gain = ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[..., None]
+    advantages = advantages[..., None]                                  # (B, G, 1)
+    ratio = torch.exp(logprobs - old_logprobs)                          # (B, G, C)
+    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon)
+    gain = ratio * advantages
+    clipped_gain = clipped_ratio * advantages
+
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         log_ratio = ref_logprobs - logprobs
         kl = torch.exp(log_ratio) - log_ratio - 1
-    per_token = torch.minimum(gain, clipped_gain) - beta * kl                       # Eq. 4
 
-    completion_lengths = mask.sum(-1, keepdim=True)                                 # (B, G, 1)
-    mean_weight = mask / (completion_lengths * num_completions)
-    loss_weight = mean_weight if normalizer is None else mask / normalizer
-    clip_fraction = ((clipped_gain < gain) * mean_weight).sum()
-    return -(per_token * loss_weight).sum(), (kl * mean_weight).sum().detach(), clip_fraction
+    objective = torch.minimum(gain, clipped_gain) - beta * kl           # Eq. 4, per token
+
+    completion_length = mask.sum(-1, keepdim=True)                      # (B, G, 1)
+    weight = mask / (completion_length * num_completions)               # (B, G, C), its sum is 1
+    loss_weight = weight if normalizer is None else mask / normalizer
+    mean_loss = -(objective * loss_weight).sum()
+    mean_kl = (kl * weight).sum().detach()
+    clip_fraction = ((clipped_gain < gain) * weight).sum()
+    return mean_loss, mean_kl, clip_fraction
 
 
 @dataclass(frozen=True)
@@ -87,30 +97,37 @@ class Rollouts:
         size = micro_batch_size or len(self.prompts)
         parts = []
         for i in range(0, len(self.prompts), size):
-            longest = int(self.mask[i:i + size].sum(-1).max())
-            tensors = [x[i:i + size, :, :longest] for x in (self.completions, self.mask, self.logprobs)]
-            parts.append(Rollouts(self.prompts[i:i + size], *tensors))
+            chosen = slice(i, i + size)
+            longest = int(self.mask[chosen].sum(-1).max())
+            parts.append(Rollouts(self.prompts[chosen], self.completions[chosen, :, :longest],
+                                  self.mask[chosen, :, :longest], self.logprobs[chosen, :, :longest]))
         return parts
 
 
-def rollout(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: int, stop_ids: list[int],
-            generators: list[torch.Generator], temperature: float = 1.0, micro_batch_size: int = 0) -> Rollouts:
+def join(parts: list[Rollouts]) -> Rollouts:
+    """Micro-batches as one; shorter ones are padded with 0."""
+    longest = max(part.mask.shape[-1] for part in parts)
+
+    def padded(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(tensor, (0, longest - tensor.shape[-1])) for tensor in tensors])
+
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    return Rollouts(prompts, padded("completions"), padded("mask"), padded("logprobs"))
+
+
+def rollout(policy: Policy, prompts: list[Prompt], group_size: int, generators: list[torch.Generator],
+            stop_ids: list[int], max_tokens: int, temperature: float = 1.0,
+            micro_batch_size: int = 0) -> Rollouts:
     """`sample` for training: in micro-batches of so many prompts (0: all at once), and with sharded weights gathered,
     so that processes sample different lengths without waiting for each other."""
     size = micro_batch_size or len(prompts)
+    parts = []
     with gathered(policy):
-        parts = [sample(policy, prompts[i:i + size], group_size, max_tokens, stop_ids, generators[i:i + size],
-                        temperature) for i in range(0, len(prompts), size)]
-    if len(parts) == 1:
-        return parts[0]
-    longest = max(part.mask.shape[-1] for part in parts)
-
-    def joined(name: str) -> Tensor:
-        """The micro-batches' tensors as one, padded with 0."""
-        tensors = [getattr(part, name) for part in parts]
-        return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[-1])) for x in tensors])
-    return Rollouts([prompt for part in parts for prompt in part.prompts], joined("completions"), joined("mask"),
-                    joined("logprobs"))
+        for i in range(0, len(prompts), size):
+            parts.append(sample(policy, prompts[i:i + size], group_size, max_tokens, stop_ids,
+                                generators[i:i + size], temperature))
+    return join(parts)
 
 
 @torch.no_grad()
@@ -123,18 +140,18 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: i
     """
     seen = see(policy, prompts)
     batch = pack(policy, seen)
-    lengths = [len(prompt.input_ids) for prompt in seen]
     device, num_rows = batch["input_ids"].device, len(prompts) * group_size
+    lengths = [len(prompt.input_ids) for prompt in seen]
     packed = Packed(lengths, keep=True, device=device)
-    ends = torch.tensor(lengths, device=device).cumsum(0) - 1                       # (B,)
-    logits = policy.logits(**batch, layout=packed, at=ends, temperature=temperature)    # (B, V)
-    logits = logits.repeat_interleave(group_size, 0)                                # (B * G, V)
-    start = torch.stack([prompt.position_ids.max() + 1 for prompt in seen]).to(device)
-    decoding = policy.start_decoding(packed, group_size, start.repeat_interleave(group_size), max_tokens)
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1           # (B,)
+    logits = policy.logits(**batch, layout=packed, at=ends, temperature=temperature)
+    logits = logits.repeat_interleave(group_size, 0)                    # (B * G, V)
+    start = first_positions(seen).to(device).repeat_interleave(group_size)
+    decoding = policy.start_decoding(packed, group_size, start, max_tokens)
     uniform = None
     if generators is not None:
         draws = [torch.rand(group_size, max_tokens, generator=generator) for generator in generators]
-        uniform = torch.cat(draws).to(device)                                       # (B * G, max_tokens)
+        uniform = torch.cat(draws).to(device)                           # (B * G, max_tokens)
 
     completions = torch.zeros(num_rows, max_tokens, dtype=torch.long, device=device)
     mask = torch.zeros_like(completions)
@@ -157,12 +174,18 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: i
             decoding.keep(kept_prompts, kept_rows)
             row, running, token = row[kept_rows], running[kept_rows], token[kept_rows]
         logits = policy.next_logits(decoding, token, temperature)
-    tensors = [x[:, :c + 1].view(len(prompts), group_size, c + 1) for x in (completions, mask, logprobs)]
+    shape = len(prompts), group_size, max_tokens
+    tensors = [tensor.view(shape)[..., :c + 1] for tensor in (completions, mask, logprobs)]
     return Rollouts(seen if policy.vision_is_frozen else prompts, *tensors)
 
 
-def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B G C"], mask: Int[Tensor, "B G C"],
-             temperature: float = 1.0) -> Float[Tensor, "B G C"]:
+def first_positions(prompts: list[Prompt]) -> Int[Tensor, " B"]:
+    """The position behind each prompt, where its completions begin."""
+    return torch.stack([prompt.position_ids.max() + 1 for prompt in prompts])
+
+
+def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B G C"],
+             mask: Int[Tensor, "B G C"], temperature: float = 1.0) -> Float[Tensor, "B G C"]:
     """log pi(o_t | prompt, o_<t) of completions, 0 where the mask is 0, as it may be only behind a completion's end.
     Logits are made only where the mask is 1.
     """
@@ -171,25 +194,27 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
     device = batch["input_ids"].device
     completions, is_token = completions.to(device), mask.to(device).bool()
     layout = Packed(lengths, mask.sum(-1).tolist(), device=device)
-    targets = completions[is_token]                                                 # (n,), all groups'
-    start = torch.stack([prompt.position_ids.max() + 1 for prompt in prompts]).to(device)   # (B,)
-    positions = start[:, None, None] + torch.arange(mask.shape[-1], device=device)  # (B, 1, C)
-    positions = positions.expand(mask.shape)[is_token]                              # (n,)
-    batch["input_ids"] = torch.cat([batch["input_ids"], targets])                   # (N,)
-    batch["position_ids"] = torch.cat([batch["position_ids"], positions.expand(3, -1)], dim=1)     # (3, N)
+    targets = completions[is_token]                                     # (n,), all groups'
+    start = first_positions(prompts).to(device)
+    positions = start[:, None, None] + torch.arange(mask.shape[-1], device=device)      # (B, 1, C)
+    positions = positions.expand(mask.shape)[is_token].expand(3, -1)    # (3, n), as text has them
+    batch["input_ids"] = torch.cat([batch["input_ids"], targets])                       # (N,)
+    batch["position_ids"] = torch.cat([batch["position_ids"], positions], dim=1)        # (3, N)
 
     # A completion's first token is predicted behind the prompt, the others behind the token before them.
-    before = torch.zeros_like(completions)                                          # (B, G, C)
+    before = torch.zeros_like(completions)                              # (B, G, C)
     before[is_token] = torch.arange(len(targets), device=device) + sum(lengths) - 1
-    before[..., 0] = torch.tensor(lengths, device=device).cumsum(0)[:, None] - 1
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1           # (B,)
+    before[..., 0] = ends[:, None]
     scores = policy.logprobs(**batch, layout=layout, at=before[is_token], targets=targets,
-                             temperature=temperature)                               # (n,)
-    return torch.zeros(mask.shape, dtype=scores.dtype, device=device).masked_scatter(is_token, scores)
+                             temperature=temperature)                   # (n,)
+    zeros = torch.zeros(mask.shape, dtype=scores.dtype, device=device)
+    return zeros.masked_scatter(is_token, scores)
 
 
 def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollouts: Rollouts,
-           advantages: Float[Tensor, "B G"], beta: float, loss_type: str, max_tokens: int, epsilon: float,
-           num_iterations: int, max_grad_norm: float, temperature: float,
+           advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str, epsilon: float,
+           num_iterations: int, max_tokens: int, temperature: float,
            micro_batch_size: int) -> dict[str, float | None]:
     """`num_iterations` AdamW steps on the loss (Eq. 3, 4) of the rollouts of all processes; returns the metrics of the
     last one. A step of which a metric is not finite is left out, and so are those after it: all processes see the same
@@ -199,9 +224,10 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     metrics = {"updates": 0, "kl": None, "loss": None, "clipped": None, "mismatch": None, "grad_norm": 0.0}
     if num_learning == 0:                   # departure 5
         return metrics
-    normalizer = {"grpo": None, "bnpo": float(num_tokens), "dr_grpo": float(max_tokens * num_completions)}[loss_type]
+    normalizers = {"grpo": None, "bnpo": float(num_tokens), "dr_grpo": float(max_tokens * num_completions)}
     micro_batches = rollouts.split(micro_batch_size)
-    advantages = advantages.to(rollouts.mask.device).split([len(part.prompts) for part in micro_batches])
+    sizes = [len(part.prompts) for part in micro_batches]
+    advantages = advantages.to(rollouts.mask.device).split(sizes)
 
     def score(model: Policy, part: Rollouts) -> Float[Tensor, "B G C"]:
         return logprobs(model, part.prompts, part.completions, part.mask, temperature)
@@ -214,19 +240,21 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     for iteration in range(num_iterations):
         sums = torch.zeros(4)
         for i, part in enumerate(micro_batches):
-            new_logprobs = score(policy, part)                                      # (B, G, C)
+            new_logprobs = score(policy, part)                          # (B, G, C)
             if iteration == 0:
                 old_logprobs.append(new_logprobs.detach())
-            part_loss, kl, clip_fraction = loss(
-                new_logprobs, old_logprobs[i], ref_logprobs[i], advantages[i], part.mask, beta, num_completions,
-                normalizer, epsilon)
-            (part_loss * len(counts)).backward()  # FSDP averages over processes; the loss wants the sum
+            mean_loss, kl, clip_fraction = loss(
+                new_logprobs, old_logprobs[i], ref_logprobs[i], advantages[i], part.mask, beta,
+                num_completions, normalizers[loss_type], epsilon)
+            # FSDP averages gradients over the processes; the loss wants their sum
+            (mean_loss * len(counts)).backward()
             mismatch = (old_logprobs[i] - part.logprobs).abs().sum()
-            sums += torch.stack([part_loss.detach(), kl, clip_fraction, mismatch]).cpu()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-        total_loss, kl, clip_fraction, mismatch = (sum(column) for column in zip(*gather([sums.tolist()])))
-        metrics |= {"kl": kl, "loss": total_loss, "clipped": clip_fraction, "mismatch": mismatch / num_tokens,
-                    "grad_norm": full_norm(grad_norm)}
+            sums += torch.stack([mean_loss.detach(), kl, clip_fraction, mismatch]).cpu()
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        totals = [sum(column) for column in zip(*gather([sums.tolist()]))]
+        metrics["loss"], metrics["kl"], metrics["clipped"], mismatch = totals
+        metrics["mismatch"] = mismatch / num_tokens
+        metrics["grad_norm"] = full_norm(grad_norm)
         if not_finite(metrics):
             break
         optimizer.step()

@@ -32,8 +32,6 @@ from engine.flags import VideoFlags, check_numbers, command_line, flag
 from engine.loader import Loader
 from engine.run import Run, one_run, stop_signals
 
-MAX_GRAD_NORM = 1.0     # longer gradients are cut to this length, the usual value
-
 
 @dataclass(kw_only=True)
 class Config(VideoFlags):
@@ -151,7 +149,7 @@ def update(policy: model.Policy, optimizer: torch.optim.Optimizer, batch: list[t
         loss = -grpo.logprobs(policy, list(prompts), completions, mask).sum() / num_tokens
         (loss * world).backward()           # FSDP averages over the processes; the loss wants the sum
         mean_loss += loss.item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.MAX_GRAD_NORM)
     metrics = {"loss": sum(gather([mean_loss])), "grad_norm": full_norm(grad_norm)}
     if not not_finite(metrics):
         optimizer.step()

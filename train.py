@@ -36,7 +36,6 @@ from engine.logs import check_board, describe
 from engine.run import Run, one_run, stop_signals
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo")
-MAX_GRAD_NORM = 1.0     # longer gradients are cut to this length, the usual value
 
 
 @dataclass(kw_only=True)
@@ -89,17 +88,20 @@ class Config(VideoFlags, AnswerFlags):
 def main(config: Config) -> None:
     rank, world, device = start_process()
     check_flags(config, world)
-    run = Run(config)                       # refuses, before anything is loaded, a folder that it cannot go on with
+    run = Run(config)               # refuses, before anything is loaded, a folder that it cannot go on with
     samples, rejected = data.read(config.annotations, config.videos)
     pools = samples_by_task(config, samples)
     held_out = evaluate.HeldOut(config, run.output, run.step)
     policy, reference, encoder = load_models(config, device)
-    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
-                                  lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    learning = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0)
     run.restore(policy, optimizer)
-    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {len(samples) - min(map(len, pools.values()))} "
-                 f"without a verb, {len(data.missing(samples))} videos missing", rejected)
-    loader = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
+    without_verb = len(samples) - min(map(len, pools.values()))
+    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {without_verb} without a verb, "
+                 f"{len(data.missing(samples))} videos missing", rejected)
+    loader = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb,
+                    config.workers)
 
     def choose(step: int) -> tuple[tasks.Task, list[data.Sample]]:
         """The step's task, and the samples that can be drawn for it."""
@@ -110,24 +112,26 @@ def main(config: Config) -> None:
     def prepare(sample: data.Sample, task: tasks.Task) -> model.Prompt:
         return tasks.prepare(sample, task, encoder, loader)
 
-    batches = Batches(range(run.step, config.steps), config.prompts_per_step, config.seed, rank, world, choose,
-                      prepare, loader)
+    batches = Batches(range(run.step, config.steps), config.prompts_per_step, config.seed, rank, world,
+                      choose, prepare, loader)
     with stop_signals(run.stop), batches:
         held_out.evaluate_if_due(run, policy, encoder, loader)
         for step in run.steps("GRPO"):
-            batch = batches.next()                                              # one task for all, Eq. 13
-            rollouts = grpo.rollout(
-                policy, batch.prompts, config.group_size, config.max_tokens, encoder.stop_ids, batch.generators(),
-                config.temperature, config.micro_batch_size)                    # G completions per prompt
-            texts = encoder.decode(rollouts.completions, rollouts.mask)         # B * G
-            rewards = batch.task.reward(texts, batch.repeated(config.group_size))       # Eq. 5-11, named parts
-            totals = torch.tensor([reward.total for reward in rewards]).view(len(batch.prompts), -1)
-            advantages = grpo.advantages(totals, config.scale_rewards == "std")  # Eq. 3, (B, G)
-            metrics = grpo.update(
-                policy, reference, optimizer, rollouts, advantages, config.beta, config.loss_type, config.max_tokens,
-                config.epsilon, config.num_iterations, MAX_GRAD_NORM, config.temperature,
-                config.micro_batch_size)                                        # Eq. 4
-            run.log(step, metrics, batch, describe(batch, rollouts, texts, rewards, advantages, encoder.stop_ids))
+            batch = batches.next()                          # one task for the whole batch, Eq. 13
+            rollouts = grpo.rollout(                        # G completions per prompt
+                policy, batch.prompts, config.group_size, batch.generators(), encoder.stop_ids,
+                config.max_tokens, config.temperature, config.micro_batch_size)
+            texts = encoder.decode(rollouts.completions, rollouts.mask)                 # B * G
+            rewards = batch.task.reward(texts, batch.repeated(config.group_size))       # Eq. 5-11
+            totals = torch.tensor([reward.total for reward in rewards]).view(rollouts.mask.shape[:2])
+            advantages = grpo.advantages(totals, scale=config.scale_rewards == "std")   # Eq. 3, (B, G)
+            metrics = grpo.update(                          # AdamW on Eq. 4
+                policy, reference, optimizer, rollouts, advantages, beta=config.beta,
+                loss_type=config.loss_type, epsilon=config.epsilon, num_iterations=config.num_iterations,
+                max_tokens=config.max_tokens, temperature=config.temperature,
+                micro_batch_size=config.micro_batch_size)
+            completions = describe(batch, rollouts, texts, rewards, advantages, encoder.stop_ids)
+            run.log(step, metrics, batch, completions)
             run.save_if_due(step)
             held_out.evaluate_if_due(run, policy, encoder, loader)
         model.save(policy, encoder, run.output / "model")
