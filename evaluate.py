@@ -30,7 +30,7 @@ engine/predictions.py lists; "lenient" counts the answers that needed it.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass
 from functools import lru_cache, partial
@@ -47,12 +47,12 @@ import grpo
 import model
 import rewards
 import tasks
-from engine import batches, checkpoint, distributed, files, flags, logs, lora, scores
-from engine.best import Evaluations
+from engine import distributed, files, flags, logs, lora, scores
+from engine.batches import ahead
+from engine.checkpoint import Evaluations
 from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
-from engine.logs import Logs
-from engine.run import one_run
+from engine.run import Run, one_run
 from engine.video import Clip, VideoError
 from lab import predictions
 
@@ -109,8 +109,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     # A batch is answered as a whole or again, so that an answer never depends on where a run was interrupted.
     todo = [batch for batch in work if any((batch.task.name, sample.id) not in rows for sample in batch.samples)]
     if todo:
-        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                     strict=True)
+        policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
         load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
         if rank == 0 and not done:
             for old in (*output.glob("predictions*.jsonl"), output / "scores.json"):
@@ -120,7 +119,8 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
         distributed.gather([rank])                               # nobody writes an answer before its config is written
         mine, make = todo[rank::world], partial(encode_batch, config, encoder, load)
         unfinished = output / f"predictions.rank{rank}.jsonl"
-        with batches.prefetched(make, mine, load) as upcoming, open(unfinished, "a") as part:
+        with ThreadPoolExecutor(1) as background, open(unfinished, "a") as part:
+            upcoming = ahead(make, mine, background)
             for batch, prompts in tqdm(upcoming, "evaluate", total=len(mine), disable=rank > 0, dynamic_ncols=True):
                 answered = answer_batch(config, policy, encoder, batch, prompts)
                 part.write("\n" + "".join(json.dumps(row) + "\n" for row in answered))    # ends a torn line before it
@@ -142,10 +142,10 @@ def predict_with(config: Config, policy: model.Policy, encoder: model.Encoder, l
     rank, world, _ = distributed.start_process()
     work, chosen = plan_batches(config, samples, "cpu")     # a GPU's memory is for training
     nothing = encoder.encode("", Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0))
-    grpo.rollout(policy, [nothing], 1, 1, encoder.stop_ids)     # gathers the weights, also where there is no work
+    grpo.sample(policy, [nothing], 1, 1, encoder.stop_ids)     # gathers the weights, also where there is no work
     rows = []
-    with batches.prefetched(partial(encode_batch, config, encoder, load), work[rank::world], None) as upcoming:
-        for batch, prompts in upcoming:
+    with ThreadPoolExecutor(1) as background:
+        for batch, prompts in ahead(partial(encode_batch, config, encoder, load), work[rank::world], background):
             rows += answer_batch(config, policy, encoder, batch, prompts)
     found = {(row["task"], row["id"]): row for row in distributed.gather(rows)}
     return [found[name] for name in chosen]
@@ -157,7 +157,7 @@ def read_held_out(config: Any) -> list[data.Sample]:
     if not config.eval_annotations:
         return []
     try:
-        samples, rejected = data.read(config.eval_annotations, config.eval_videos or config.videos)
+        samples, rejected = data.read(config.eval_annotations, config.videos)
     except ValueError as error:
         raise ValueError(str(error).replace("--annotations", "--eval_annotations")
                          .replace("--videos", "--eval_videos")) from error
@@ -168,24 +168,28 @@ def read_held_out(config: Any) -> list[data.Sample]:
     return [samples[i] for i in chosen]
 
 
-def while_training(config: Any, run: checkpoint.Run, samples: list[data.Sample], policy: model.Policy,
-                   encoder: model.Encoder, load: Loader) -> Callable[[Logs], None]:
-    """A function that, when it is due after run.step steps, has the policy answer `samples` greedily, on all processes,
-    logs the scores and keeps the best model; see engine/best.py. It draws nothing and leaves the policy as it is."""
-    if not samples:
-        return lambda _: None
-    settings = Config(annotations=config.eval_annotations, think=config.think, max_tokens=config.max_tokens, workers=config.workers)
-    evaluations = Evaluations(run.output, run.step, config.eval_every, config.steps)
+class HeldOut:
+    """Evaluation of a model in training on queries that it does not learn from; see engine/checkpoint.Evaluations. It
+    draws nothing and leaves the policy as it is."""
 
-    def evaluate_if_due(log: Logs) -> None:
-        if evaluations.due(run.step):
-            began = time.perf_counter()
-            with distributed.gathered(policy):
-                rows = predict_with(settings, policy, encoder, load, samples)
-            row = {"step": run.step, **summarise(rows), "seconds": time.perf_counter() - began}
-            evaluations.add(row, partial(model.save, policy, encoder))
-            log.evaluation(row)
-    return evaluate_if_due
+    def __init__(self, config: Any, output: Path, step: int):
+        """Uses the --eval_... flags and those of answers and decoding of a train.Config; `step`: steps done so far."""
+        self.samples = read_held_out(config)
+        if self.samples:
+            self.config = Config(model=config.model, annotations=config.eval_annotations, think=config.think,
+                                 max_tokens=config.max_tokens, workers=config.workers)
+            self.evaluations = Evaluations(output, step, config.eval_every, config.steps)
+
+    def evaluate_if_due(self, run: Run, policy: model.Policy, encoder: model.Encoder, load: Loader) -> None:
+        """After run.step steps, on all processes: answer greedily, log the scores and keep the best model."""
+        if not self.samples or not self.evaluations.due(run.step):
+            return
+        began = time.perf_counter()
+        with distributed.gathered(policy):
+            rows = predict_with(self.config, policy, encoder, load, self.samples)
+        row = {"step": run.step, **summarise(rows), "seconds": time.perf_counter() - began}
+        self.evaluations.add(row, partial(model.save, policy, encoder))
+        run.evaluation(row)
 
 
 @dataclass(frozen=True)
@@ -231,11 +235,11 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     flags.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_timeout", "workers")
     if config.model:
-        model.check_folder(config.model)
+        lora.check(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
-        old = checkpoint.read_config(path)
-        if other := checkpoint.compare_configs(vars(config), old, {"output", "workers", "cache", "cache_gb"}):
+        old = files.read_config(path)
+        if other := files.changed_flags(vars(config), old, {"output", "workers", "cache", "cache_gb"}):
             said = ", ".join(f"--{name} {old.get(name, '?')}" for name in other)
             raise ValueError(f"--output {config.output} holds a run with {said}; give another folder or delete it")
 
@@ -293,9 +297,10 @@ def answer_batch(config: Config, policy: model.Policy, encoder: model.Encoder, b
     texts = [""] * len(prompts)
     if readable:
         generators = [torch.Generator().manual_seed(config.seed * 1_000_003 + batch.numbers[i]) for i in readable]
-        rollouts = grpo.rollout(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
+        rollouts = grpo.sample(policy, [prompts[i] for i in readable], 1, config.max_tokens, encoder.stop_ids,
                                 generators if config.temperature > 0 else None, config.temperature or 1.0)
-        for i, text in zip(readable, encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])):
+        model.check_finite(rollouts.logprobs, config.model)
+        for i, text in zip(readable, encoder.decode(rollouts.completions, rollouts.mask)):
             texts[i] = text
     rows = []
     for sample, prompt, text, reward in zip(batch.samples, prompts, texts, batch.task.reward(texts, batch.samples)):

@@ -23,7 +23,7 @@ import model
 import rewards
 import tasks
 from data import Sample
-from engine import distributed, files, flags, plot
+from engine import distributed, files, flags, lora, plot
 from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
 from engine.video import Clip
@@ -50,21 +50,21 @@ def main(config: Config) -> list[dict]:
         files.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
-    model.check_folder(config.model)
+    lora.check(config.model)
     load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb)
     clip = load(config.video)
     load.close()
     _, _, device = distributed.start_process()
-    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16,
-                                 strict=True)
+    policy, encoder = model.load(config.model, device, torch.float32 if device == "cpu" else torch.bfloat16)
     texts = []
     for i in range(0, len(queries), config.batch_size):
         samples = [Sample(query, config.video, query, 0.0, clip.duration, clip.duration)
                    for query in queries[i:i + config.batch_size]]
         task = tasks.in_form(tasks.TASKS["TVG"], config.think)
         prompts = [tasks.prepare(sample, task, encoder, lambda *part: clip) for sample in samples]
-        rollouts = grpo.rollout(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
-        texts += encoder.decode(rollouts.completions[:, 0], rollouts.mask[:, 0])
+        rollouts = grpo.sample(policy, prompts, 1, config.max_tokens, encoder.stop_ids)
+        model.check_finite(rollouts.logprobs, config.model)
+        texts += encoder.decode(rollouts.completions, rollouts.mask)
     answers = []
     for query, text in zip(queries, texts):
         start, end = rewards.segment(text) or (None, None)

@@ -14,23 +14,23 @@ continues as in train.py.
 """
 import json
 import re
-import sys
-import time
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import data
 import grpo
 import model
 import tasks
-from engine import batches, checkpoint, distributed, files, flags, logs, lora
-from engine.flags import VideoFlags, flag
+from engine import lora
+from engine.batches import Batches
+from engine.distributed import full_norm, gather, shard, start_process
+from engine.files import not_finite
+from engine.flags import VideoFlags, check_numbers, command_line, flag
 from engine.loader import Loader
-from engine.run import one_run, stop_signals
+from engine.run import Run, one_run, stop_signals
 
 
 @dataclass(kw_only=True)
@@ -48,16 +48,11 @@ class Config(VideoFlags):
     batch_size: int = flag(32, "completions a step, over all processes")
     micro_batch_size: int = flag(0, "completions a forward pass on a process, 0 for all; lower it when memory runs out")
     learning_rate: float = flag(1e-5, "a usual value for full fine-tuning; falls linearly to a tenth of it")
-    max_grad_norm: float = flag(1.0, "longer gradients are cut to this length, the usual value")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout), "
                              "such as 16, with a --learning_rate ten times as large or more. 0: train all weights")
-    merge: bool = flag(False, "write model/ with the adapters merged into the weights, instead of the adapters alone")
     save_every: int = flag(1000, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
                                  "takes 12 bytes a weight, 45 GB for the 3B model")
-    keep: int = flag(2, "checkpoints kept, the newest ones")
     resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
-    max_bad_steps: int = flag(10, "stop after so many steps in a row whose loss or gradient is not finite; such steps "
-                                  "change nothing")
 
 
 @dataclass(frozen=True)
@@ -94,14 +89,9 @@ def answer_only(each: Demonstration) -> Demonstration:
 
 @one_run
 def main(config: Config) -> None:
-    rank, world, device = distributed.start_process()
-    if config.batch_size < 1 or config.batch_size % world:
-        raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    flags.check_numbers(config, "steps", "learning_rate", "max_grad_norm", "total_pixels", "cache_gb", "video_timeout",
-                         "workers", "keep", "max_bad_steps")
-    model.check_folder(config.model)
-    lora.check_flags(config)
-    run = checkpoint.Run(config)        # before anything is loaded
+    rank, world, device = start_process()
+    check_flags(config, world)
+    run = Run(config)                       # refuses, before anything is loaded, a folder that it cannot go on with
     samples, rejected = data.read(config.annotations, config.videos)
     demonstrations = read_demonstrations(config.demonstrations, samples)
     if not config.think:
@@ -109,71 +99,63 @@ def main(config: Config) -> None:
     if not demonstrations:
         raise ValueError(f"{config.demonstrations or config.annotations}: nothing to learn from, no query has a verb; "
                          "give demonstrations of TVG, or other annotations")
-    half = torch.bfloat16 if config.lora_rank and device != "cpu" else torch.float32     # of what is never updated
-    policy, encoder = model.load(config.model, dtype=half, lora_rank=config.lora_rank, seed=config.seed)
-    policy = distributed.shard(policy)
+    frozen_dtype = torch.bfloat16 if device != "cpu" else torch.float32     # of weights that are never updated
+    policy, encoder = model.load(config.model, dtype=frozen_dtype if config.lora_rank else torch.float32,
+                                 lora_rank=config.lora_rank, seed=config.seed)
+    policy = shard(policy)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=config.learning_rate, weight_decay=0.0)
     run.restore(policy, optimizer)
-    load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
-    steps = range(run.step, config.steps)       # none when only model/ is to be written
-    if rank == 0:
-        if steps:
-            files.write_config(config, run.output)
-        logs.rewind(run.output / "metrics.jsonl", run.step)
-        logs.say(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
-                   f"{len(data.missing(samples))} videos missing")
-        for note in (*(f"rejected {item}" for item in rejected), *run.notes):
-            logs.say(note)
+    run.announce(f"{len(demonstrations)} demonstrations of {len(samples)} samples, {len(rejected)} rejected, "
+                 f"{len(data.missing(samples))} videos missing", rejected)
+    loader = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb, config.workers)
 
-    def tokenize(each: Demonstration) -> tuple[model.Prompt, torch.Tensor]:
+    def prepare(each: Demonstration, task: None) -> tuple[model.Prompt, torch.Tensor]:
+        """A prompt, and the tokens of its completion."""
         target = encoder.tokenizer(each.completion + model.STOP_TOKENS[0])["input_ids"]
-        return tasks.prepare(each.sample, each.task, encoder, load), torch.tensor(target)
+        return tasks.prepare(each.sample, each.task, encoder, loader), torch.tensor(target)
 
-    def draw_batch(step: int) -> list[batches.Picked]:
-        share = range(step * config.batch_size + rank, (step + 1) * config.batch_size, world)
-        return batches.pick_all(demonstrations, share, config.seed, tokenize, config.workers)
-
-    with stop_signals() as stop, batches.prefetched(draw_batch, steps, load) as upcoming:
-        began = time.perf_counter()
-        for step, batch in (bar := tqdm(upcoming, "SFT", initial=run.step, total=config.steps, disable=rank > 0,
-                                        dynamic_ncols=True)):
-            bad = distributed.gather([str(error) for picked in batch for error in picked.errors])
+    batches = Batches(range(run.step, config.steps), config.batch_size, config.seed, rank, world,
+                      lambda step: (None, demonstrations), prepare, loader)
+    with stop_signals(run.stop), batches:
+        for step in run.steps("SFT"):
+            batch = batches.next()
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * (1 - 0.9 * step / config.steps)
-            numbers = run.count(step, take_step(config, policy, optimizer, [picked.made for picked in batch], world))
-            if rank == 0:
-                bar.set_postfix(loss=f"{numbers['loss']:.3f}")
-                for error in bad:
-                    logs.say(f"replaced by another sample: {error}")
-                files.append(run.output / "metrics.jsonl", [{
-                    "step": step, **numbers, "bad_videos": len(bad), "lr": optimizer.param_groups[0]["lr"],
-                    "seconds": time.perf_counter() - began}])
-            if run.finish(step, policy, optimizer, stop):
-                sys.exit(0)
-            began = time.perf_counter()
-        model.save(policy, encoder, run.output / "model", config.merge)
+            metrics = update(policy, optimizer, batch.prompts, config.micro_batch_size, world)
+            run.log(step, metrics, batch)
+            run.save_if_due(step)
+        model.save(policy, encoder, run.output / "model")
 
 
-def take_step(config: Config, policy: model.Policy, optimizer: torch.optim.Optimizer,
-              batch: list[tuple[model.Prompt, torch.Tensor]], world: int) -> dict[str, float]:
+def check_flags(config: Config, world: int) -> None:
+    """Raise ValueError, naming the flag, for a value that cannot work."""
+    if config.batch_size < 1 or config.batch_size % world:
+        raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
+    check_numbers(config, "steps", "learning_rate", "total_pixels", "cache_gb", "video_timeout", "workers")
+    lora.check(config.model)
+    lora.check_flags(config)
+
+
+def update(policy: model.Policy, optimizer: torch.optim.Optimizer, batch: list[tuple[model.Prompt, torch.Tensor]],
+           micro_batch_size: int, world: int) -> dict[str, float]:
     """One AdamW step on (prompt, target tokens) of all processes; left out when loss or gradient is not finite."""
-    total = sum(distributed.gather([sum(len(target) for _, target in batch)]))       # tokens, over all processes
-    size, mean = config.micro_batch_size or len(batch), 0.0
-    for some in (batch[i:i + size] for i in range(0, len(batch), size)):
-        prompts, targets = zip(*some)
-        completions = pad_sequence(targets, batch_first=True)[:, None]                                      # (B, 1, C)
+    num_tokens = sum(gather([sum(len(target) for _, target in batch)]))     # over all processes
+    size, mean_loss = micro_batch_size or len(batch), 0.0
+    for i in range(0, len(batch), size):
+        prompts, targets = zip(*batch[i:i + size])
+        completions = pad_sequence(targets, batch_first=True)[:, None]                              # (B, 1, C)
         mask = pad_sequence([torch.ones_like(target) for target in targets], batch_first=True)[:, None]
-        loss = -grpo.logprobs(policy, list(prompts), completions, mask).sum() / total
-        (loss * world).backward()       # FSDP averages, the loss wants the sum
-        mean += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    numbers = {"loss": sum(distributed.gather([mean])), "grad_norm": distributed.full_norm(norm)}
-    if not files.not_finite(numbers):
+        loss = -grpo.logprobs(policy, list(prompts), completions, mask).sum() / num_tokens
+        (loss * world).backward()           # FSDP averages over the processes; the loss wants the sum
+        mean_loss += loss.item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grpo.MAX_GRAD_NORM)
+    metrics = {"loss": sum(gather([mean_loss])), "grad_norm": full_norm(grad_norm)}
+    if not not_finite(metrics):
         optimizer.step()
     optimizer.zero_grad()
-    return numbers
+    return metrics
 
 
 if __name__ == "__main__":
-    flags.command_line(Config, main, __doc__)
+    command_line(Config, main, __doc__)

@@ -1,9 +1,13 @@
-"""Checkpoints of a training run, from which `--resume` continues it wherever it was killed.
+"""Checkpoints of a training run, from which `--resume` continues it wherever it was killed, and its best model.
 
     OUTPUT/checkpoints/step_000100/     after 100 steps: the policy's weights and AdamW's averages in safetensors
                                         files, some for each process, and state.json: next step, counters, config,
                                         and a CRC-32 of each of these files
     OUTPUT/checkpoints/step_000100.tmp  is being written, or was when the run was killed; the next one deletes it
+    OUTPUT/evaluations.jsonl            {"step": steps done, "mIoU": ..., ...}, one line per evaluation on held-out
+                                        queries; lines of steps after a checkpoint come again when the run goes on
+    OUTPUT/best/                        the model with the highest mIoU of these, the earliest of several, and in
+                                        evaluation.jsonl its line
 
 A folder gets its name when all processes have written it, so what has a name is whole. torch.distributed.checkpoint
 cuts the tensors anew for any number of processes (several nodes need a shared OUTPUT). Nothing is pickled. What a run
@@ -15,10 +19,8 @@ import re
 import shutil
 import warnings
 import zlib
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from threading import Event
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,211 +29,193 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine import distributed, files, lora
-from engine.run import occupied
+from engine import files, lora
+from engine.distributed import gather
+from engine.logs import rewind, say
 
-MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_timeout", "steps", "save_every", "keep", "resume",
-              "micro_batch_size", "max_bad_steps", "learning_rate", "max_grad_norm", "workers",
-              "gradient_checkpointing", "merge", "eval_every", "eval_videos",
-              "tensorboard"}    # of a resumed run
-TENSORS_A_FILE = 64     # a file is put together in memory
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
+KEPT = 2                # checkpoints, the newest ones
+TENSORS_PER_FILE = 64   # a file is put together in memory
+# begin the names of scores that the console has no room for
+HIDDEN = ("R1>", "best_window", "event_", "un")
+# it says so whenever one process works alone
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+def is_first() -> bool:
+    """Whether this is the first process of all, which writes what there is once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that training changes, by name: the parameters, or the adapters alone where these learn, and AdamW's state
     of those that it has stepped on."""
-    named = lora.adapters(policy) or dict(policy.named_parameters())
-    return named | {f"{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
+    parameters = lora.adapters(policy) or dict(policy.named_parameters())
+    states = {f"{name}.{key}": value for name, parameter in parameters.items()
+              for key, value in optimizer.state[parameter].items()}
+    return parameters | states
 
 
 def finished(output: str | Path) -> list[Path]:
     """The whole checkpoints of a run, the newest last."""
-    folders = [f for f in Path(output, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name)]
-    return sorted(folders, key=lambda folder: int(folder.name[5:]))
+    folders = [path for path in Path(output, "checkpoints").glob("step_*")
+               if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def newest(output: str | Path) -> Path | None:
-    return (finished(output) or [None])[-1]
+    folders = finished(output)
+    return folders[-1] if folders else None
 
 
-def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Write a checkpoint, then delete all but the newest `keep`; every process calls it. Raises OSError."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    unfinished = folder.with_name(folder.name + ".tmp")
-    if first:
+def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint, then delete all but the newest KEPT; every process calls it. Raises OSError."""
+    unfinished, output = folder.with_name(folder.name + ".tmp"), folder.parent.parent
+    if is_first():
         discard(*folder.parent.glob("*.tmp"), folder)
-    distributed.gather([])       # none has begun to write what is deleted here
+    gather([])              # none has begun to write what is deleted here
     content = tensors(policy, optimizer)
-    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True, fqn_to_index_mapping={
-        name: 1 + i // TENSORS_A_FILE for i, name in enumerate(content)})
+    file_of = {name: 1 + i // TENSORS_PER_FILE for i, name in enumerate(content)}
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True,
+                                          fqn_to_index_mapping=file_of)
     try:
         dcp.save(content, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:        # every process gets it, whichever failed
-        if first:
+        if is_first():
             discard(unfinished)
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(f"{folder}: could not be written ({cause}); mend that, then go on with --resume from "
-                      f"{newest(folder.parent.parent) or 'the beginning'}") from error
+        raise OSError(f"{folder}: could not be written ({cause(error)}); mend that, then go on "
+                      f"with --resume from {newest(output) or 'the beginning'}") from error
     state = {**state, "crc32": checksums(unfinished)}
-    if first:
+    if is_first():
         files.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
         os.replace(unfinished, folder)
-        discard(*finished(folder.parent.parent)[:-keep])
-    distributed.gather([])       # nobody goes on, or ends, before it has its name
+        discard(*finished(output)[:-KEPT])
+    gather([])              # nobody goes on, or ends, before it has its name
+
+
+def cause(error: Exception) -> Exception:
+    """The first error behind one of torch's distributed checkpoints."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def checksums(folder: Path) -> dict[str, int]:
     """CRC-32 of each safetensors file of a checkpoint, of which every process reads its share."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    distributed.gather([])       # all are written
+    gather([])              # all are written
     mine = []
     for path in sorted(folder.glob("*.safetensors"))[rank::world]:
         value = 0
         with open(path, "rb") as file:
-            while part := file.read(2 ** 24):
-                value = zlib.crc32(part, value)
+            while block := file.read(2 ** 24):
+                value = zlib.crc32(block, value)
         mine.append((path.name, value))
-    return dict(sorted(distributed.gather(mine)))
+    return dict(sorted(gather(mine)))
 
 
 def discard(*folders: Path) -> None:
     """Delete checkpoints; a half deleted one has no name of a whole one."""
     for folder in folders:
         if folder.exists():
-            rest = folder.with_suffix(".tmp")
-            os.replace(folder, rest)
-            shutil.rmtree(rest)
+            unfinished = folder.with_suffix(".tmp")
+            os.replace(folder, unfinished)
+            shutil.rmtree(unfinished)
 
 
 def restore(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill a policy and its new optimizer from a checkpoint, each process its part. Raises ValueError when it is not
-    what was written, or not of this model."""
-    crc32, found = json.loads((folder / "state.json").read_text())["crc32"], checksums(folder)
-    if changed := [name for name in sorted({**crc32, **found}) if crc32.get(name) != found.get(name)]:
-        raise ValueError(f"{folder}: {', '.join(changed)} is not as it was written; delete the folder to go on from "
-                         "the one before")
+    """Fill a policy and its new optimizer from a checkpoint, each process its share. Raises ValueError when the
+    checkpoint is not what was written, or not of this model."""
+    written, there = json.loads((folder / "state.json").read_text())["crc32"], checksums(folder)
+    changed = [name for name in sorted({**written, **there})
+               if written.get(name) != there.get(name)]
+    if changed:
+        raise ValueError(f"{folder}: {', '.join(changed)} is not as it was written; delete the "
+                         "folder to go on from the one before")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
-        for name, p in policy.named_parameters():
+        for name, parameter in policy.named_parameters():
             if f"{name}.exp_avg" in stored:             # AdamW has none before its first step
-                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
-        dcp.load(tensors(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+                optimizer.state[parameter] = {"step": torch.zeros(()),
+                                              "exp_avg": torch.zeros_like(parameter),
+                                              "exp_avg_sq": torch.zeros_like(parameter)}
+        dcp.load(tensors(policy, optimizer), storage_reader=reader,
+                 no_dist=not dist.is_initialized())
     except (CheckpointException, SafetensorError, OSError) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise ValueError(f"{folder}: does not fit --model or is damaged ({cause}); give the model it was made from, or "
-                         "delete it to go on from the one before") from error
-
-
-def compare_configs(now: dict, before: dict, may_change: set[str]) -> list[str]:
-    """The names of the flags that have another value, or are in one of the two only."""
-    absent = object()
-    return [name for name in {**before, **now}
-            if name not in may_change and now.get(name, absent) != before.get(name, absent)]
+        raise ValueError(f"{folder}: does not fit --model or is damaged ({cause(error)}); give the "
+                         "model it was made from, or delete it to go on from the one "
+                         "before") from error
 
 
 def read_state(path: Path) -> dict:
     """The state.json of a checkpoint. Raises ValueError, which names it, when it is not what `write` wrote."""
-    kinds = {"step": int, "bad_steps": int, "bad_in_a_row": list, "files": dict, "config": dict, "crc32": dict}
+    kinds = {"step": int, "bad_steps": int, "bad_in_a_row": list, "files": dict, "config": dict,
+             "crc32": dict}
     try:
         state = json.loads(path.read_text())
         wrong = [name for name, kind in kinds.items() if type(state[name]) is not kind]
-        wrong += [name for name in ("step", "bad_steps") if name not in wrong and state[name] < 0]
-        wrong += ["bad_in_a_row"] * any(type(item) is not str for item in state["bad_in_a_row"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         wrong = [repr(error)]
     if wrong:
-        raise ValueError(f"{path.parent}: its state.json cannot be used ({', '.join(wrong)}); delete the folder to go "
-                         "on from the one before")
+        raise ValueError(f"{path.parent}: its state.json cannot be used ({', '.join(wrong)}); "
+                         "delete the folder to go on from the one before")
     return state
 
 
-def read_config(path: Path) -> dict:
-    """The flags in a config.json that a script wrote. Raises ValueError, which names it, for anything else."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: is not the config of a run ({error}); give another folder, or delete it") from error
+class Evaluations:
+    """The evaluations of a run: when one is due, and what is kept of it. Every process makes one and calls it alike."""
+
+    def __init__(self, output: str | Path, step: int, every: int, steps: int):
+        """`step`: steps done so far; an evaluation is due before the first one, every `every` (0: not), after `steps`.
+        A run that goes on keeps its best, whichever step that is from."""
+        self.output, self.every, self.steps = Path(output), every, steps
+        lines = []
+        if is_first():
+            self.restore_best()
+            rewind(self.output / "evaluations.jsonl", step + 1, gaps=True)
+            names = ("evaluations.jsonl", "best/evaluation.jsonl")
+            lines = [[read_lines(self.output / name) for name in names]]
+        (evaluations, best), = gather(lines)
+        self.done = {row["step"] for row in evaluations}
+        self.best = max((row["mIoU"] for row in best), default=-1.0)
+
+    def restore_best(self) -> None:
+        """Where a run was killed while best/ changed, give the whole one its name."""
+        best = self.output / "best"
+        for name in ("best.new", "best.old"):
+            if not best.exists() and (self.output / name / "evaluation.jsonl").exists():
+                os.replace(self.output / name, best)
+            shutil.rmtree(self.output / name, ignore_errors=True)
+
+    def due(self, step: int) -> bool:
+        if step in self.done:
+            return False
+        return step in (0, self.steps) or self.every > 0 and step % self.every == 0
+
+    def add(self, row: dict, save: Callable[[Path], None]) -> None:
+        """Log a row of "step" and scores, and if its mIoU is the highest so far, save(folder) the model as best/."""
+        self.done.add(row["step"])
+        is_best = row["mIoU"] > self.best
+        best, new, old = (self.output / name for name in ("best", "best.new", "best.old"))
+        if is_best:
+            self.best = row["mIoU"]
+            save(new)
+        if not is_first():
+            return
+        if is_best:
+            files.write_whole(new / "evaluation.jsonl", json.dumps(row) + "\n")
+            # a folder cannot replace another: whenever this is killed, one of them is whole
+            if best.exists():
+                os.replace(best, old)
+            os.replace(new, best)
+            shutil.rmtree(old, ignore_errors=True)
+        files.append(self.output / "evaluations.jsonl", [row])
+        scores = [f"{name} {value:.3g}" for name, value in row.items()
+                  if isinstance(value, float) and not name.startswith(HIDDEN)]
+        say(f"after {row['step']} steps, held out: "
+            f"{'  '.join(scores)}{', the best so far' if is_best else ''}")
 
 
-class Run:
-    """A training run in its output folder: where it starts, which steps were bad, when a checkpoint is due.
-
-    Uses the fields model, annotations, output, steps, save_every, keep, resume and max_bad_steps of `config`.
-    """
-
-    def __init__(self, config: Any):
-        """Look at the output folder before anything is loaded. Raises ValueError when it is in use, or when the
-        checkpoint in it was made with other flags."""
-        self.config, self.output, self.notes = config, Path(config.output), []
-        for name, least in (("save_every", 0), ("keep", 1), ("max_bad_steps", 1)):
-            if getattr(config, name) < least:
-                raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
-        in_use, self.start = distributed.gather([(occupied(self.output), newest(self.output))])[0]
-        if in_use and not config.resume:
-            raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
-                             "another folder")
-        self.step, self.bad_steps, self.bad_in_a_row = 0, 0, []                 # the next step; what was skipped
-        files = [Path(config.annotations), *lora.files(config.model, "*.safetensors")]
-        self.files = {f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in files if f.exists()}
-        if self.start:
-            saved = read_state(self.start / "state.json")
-            self.step, self.bad_steps, self.bad_in_a_row = (saved[k] for k in ("step", "bad_steps", "bad_in_a_row"))
-            self.compare(self.start, saved["config"])
-            self.notes += [f"{name} has another size or date than when {self.start} was made: is it the same?"
-                           for name in self.files if saved["files"].get(name) != self.files[name]]
-            if self.step >= config.steps:
-                self.notes.append(f"{self.start} has done --steps {config.steps}: only model/ is written")
-        elif (self.output / "model").exists():
-            raise ValueError(f"--output {self.output} holds a finished run without a checkpoint to go on from; give "
-                             "another folder, or delete it to begin anew")
-        elif (self.output / "config.json").is_file():       # killed before its first checkpoint
-            self.compare(self.output, read_config(self.output / "config.json"))
-
-    def compare(self, place: Path, before: dict) -> None:
-        """Raise ValueError unless the run in `place`, with the config `before`, is this one."""
-        now = asdict(self.config)
-        if other := sorted(now.keys() ^ before.keys()):
-            raise ValueError(f"{place} was made by another script, or another version of it (--{' --'.join(other)}); "
-                             "give another --output")
-        for name in compare_configs(now, before, MAY_CHANGE):
-            raise ValueError(f"--{name} {now[name]}: {place} was made with {before[name]}; give the same flag to "
-                             "--resume, or start in another --output")
-        self.notes += [f"--{name} was {before[name]}, is {now[name]} from step {self.step} on"
-                       for name in compare_configs(now, before, {"resume"})]
-
-    def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self.start:
-            restore(self.start, policy, optimizer)
-
-    def count(self, step: int, numbers: dict) -> dict:
-        """The numbers of a step, and how many steps so far were skipped because such numbers were not finite."""
-        bad = files.not_finite(numbers)
-        if bad:
-            self.bad_steps += 1
-            self.bad_in_a_row.append(f"{' and '.join(bad)} in step {step}")
-        elif numbers["loss"] is not None:       # a step that is left out because its groups are flat proves nothing
-            self.bad_in_a_row = []
-        return {**numbers, "bad_steps": self.bad_steps}
-
-    def finish(self, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer, stop: Event) -> bool:
-        """After each step, by every process: write a checkpoint when one is due. True when the run is to stop, because
-        a signal has set the event `stop` in any process. Raises ValueError after too many bad steps in a row."""
-        self.step = step + 1
-        if len(self.bad_in_a_row) >= self.config.max_bad_steps:
-            back = newest(self.output)
-            raise ValueError(f"not finite: {', '.join(self.bad_in_a_row)}; that is --max_bad_steps "
-                             f"{self.config.max_bad_steps} in a row. " + (
-                                 f"Go back to {back} with --resume and a lower --learning_rate, or further by deleting "
-                                 "it" if back else "There is no checkpoint yet; try a lower --learning_rate"))
-        stopping = any(distributed.gather([stop.is_set()]))
-        every = self.config.save_every
-        last = stopping or self.step == self.config.steps
-        # none on the way through bad steps, so that the newest one is from before the trouble
-        if last or every and self.step % every == 0 and not self.bad_in_a_row:
-            state = {"step": self.step, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row,
-                     "files": self.files, "config": asdict(self.config)}
-            write(self.output / "checkpoints" / f"step_{self.step:06d}", state, policy, optimizer, self.config.keep)
-        return stopping
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

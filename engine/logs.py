@@ -1,9 +1,9 @@
-"""What a run of train.py tells: files, a line a step on the console, and on request TensorBoard.
+"""What a run tells: lines on the console, files, and on request TensorBoard.
 
-    OUTPUT/metrics.jsonl        numbers, a line a step
-    OUTPUT/samples.jsonl        a completion of each group, with its reward
-    OUTPUT/tensorboard/         the numbers of metrics.jsonl and evaluations.jsonl: those that every task has its own
-                                of by task, such as TVG/reward, the others as step/kl and held_out/mIoU
+    OUTPUT/metrics.jsonl        the metrics, one line per step
+    OUTPUT/samples.jsonl        the first completion of each group, with its reward
+    OUTPUT/tensorboard/         the metrics of metrics.jsonl and evaluations.jsonl: by task, such as TVG/reward, those
+                                that each task has of its own, the others as step/kl and held_out/mIoU
 """
 import json
 import os
@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from engine import files
 
-BY_TASK = ("reward", "format", "tokens", "truncated", "flat", "verbs_said")     # and the task's own part of the reward
-WATCHED = ("kl", "tokens", "seconds")       # on the console, behind the reward and its parts; all are in metrics.jsonl
+# and the task's own part of the reward
+BY_TASK = ("reward", "format", "tokens", "truncated", "flat", "verbs_said")
+# behind the reward and its parts; all metrics are in metrics.jsonl
+ON_CONSOLE = ("kl", "tokens", "seconds")
 
 
 class Survivor:
@@ -74,65 +77,106 @@ def say(text: str) -> None:
 def rewind(path: str | Path, step: int, gaps: bool = False) -> None:
     """Keep the lines of a log that steps before `step` wrote; those after it, and after a torn one, are written
     again. Says so when lines of steps before it are missing, unless it has `gaps`."""
-    lines, last = [], -1
-    for line in Path(path).read_text("utf-8", "replace").splitlines(keepends=True) if Path(path).exists() else ():
+    path, kept, last = Path(path), [], -1
+    lines = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else []
+    for line in lines:
         try:
             written = json.loads(line)["step"]
             if not line.endswith("\n") or not 0 <= written < step:
                 break
         except (ValueError, KeyError, TypeError, RecursionError):
             break
-        lines.append(line)
+        kept.append(line)
         last = written
     if last < step - 1 and not gaps:
-        say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is behind")
-    files.write_whole(path, "".join(lines))
+        say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is "
+            "behind")
+    files.write_whole(path, "".join(kept))
+
+
+def describe(batch: Any, rollouts: Any, texts: list[str], rewards: list, advantages: Any,
+             stop_ids: list[int]) -> list[dict]:
+    """One row for each of the B * G completions of a Batch: what it was, and what it earned."""
+    lengths = rollouts.mask.sum(-1)                                                 # (B, G)
+    mean_logprobs = (rollouts.logprobs.sum(-1) / lengths).flatten().tolist()
+    last_tokens = rollouts.completions.gather(-1, lengths[..., None] - 1).flatten().tolist()
+    group_size, rows = lengths.shape[1], []
+    columns = zip(texts, rewards, advantages.flatten().tolist(), lengths.flatten().tolist(),
+                  mean_logprobs, last_tokens, strict=True)
+    for i, (text, reward, advantage, length, logprob, last_token) in enumerate(columns):
+        picked = batch.picked[i // group_size]
+        rows.append({"index": picked.index, "id": picked.sample.id, "query": picked.sample.query,
+                     "completion": text,
+                     "reward": reward.total, **reward.parts, **reward.info, "advantage": advantage,
+                     "tokens": length, "logprob": logprob, "truncated": last_token not in stop_ids})
+    return rows
+
+
+def summarise(part: str, rows: list[dict]) -> dict[str, float]:
+    """Means over the completions of a step, and `flat`, the share of groups without any advantage; `part` names the
+    task's own part of the reward."""
+    names = ("reward", "format", part, "tokens", "logprob", "truncated", "verbs_said")
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names if name in rows[0]}
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["index"], []).append(row["advantage"])
+    flat = [not any(advantages) for advantages in groups.values()]
+    return {**means, "flat": float(np.mean(flat))}
 
 
 class Logs:
-    """Only the first process, of rank 0, writes. What an earlier run wrote from `step` on is taken out first."""
+    """Only the process of rank 0 writes. What an earlier run wrote from `step` on is taken out first."""
 
-    def __init__(self, output: Path, rank: int, group_size: int, step: int, tensorboard: bool = False):
-        self.output, self.first, self.group_size, self.named, self.board = output, rank == 0, group_size, set(), None
-        if not self.first:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rewind(output / name, step)
-        self.board = open_board(output, step) if tensorboard else None
+    def __init__(self, output: Path, rank: int, step: int, tensorboard: bool = False):
+        self.output, self.is_first = output, rank == 0
+        self.named = set()          # errors of videos that were told
+        self.board = None
+        if self.is_first:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind(output / name, step)
+            if tensorboard:
+                self.board = open_board(output, step)
 
-    def step(self, numbers: dict, rows: list[dict], seconds: float) -> None:
-        """Tell of one step: its numbers, with "step", "task" and the name of the reward's "part", a row for each
+    def step(self, metrics: dict, rows: list[dict], bad_videos: list[str], seconds: float) -> None:
+        """Tell of one step: its metrics, in GRPO with "task" and the name of the reward's "part", one row for each
         completion, and once the name of every video that had to be replaced."""
-        if not self.first:
+        if not self.is_first:
             return
-        bad = [error for row in rows for error in row.pop("bad_videos")]
-        skipped = files.not_finite(numbers)
-        numbers = {**numbers, "bad_videos": len(bad), "seconds": seconds,
-                   "tokens_per_second": sum(row["tokens"] for row in rows) / seconds}
-        files.append(self.output / "metrics.jsonl", [numbers])
-        files.append(self.output / "samples.jsonl", [{"step": numbers["step"], "task": numbers["task"], **row}
-                                                      for row in rows[::self.group_size]])
-        say(short(numbers))
+        skipped = files.not_finite(metrics)
+        metrics = {**metrics, "bad_videos": len(bad_videos), "seconds": seconds}
+        if rows:
+            metrics["tokens_per_second"] = sum(row["tokens"] for row in rows) / seconds
+            first_of_groups = {row["index"]: row for row in reversed(rows)}
+            samples = [{"step": metrics["step"], "task": metrics["task"], **row} for row in
+                       reversed(first_of_groups.values())]
+            files.append(self.output / "samples.jsonl", samples)
+            say(short(metrics))
+        files.append(self.output / "metrics.jsonl", [metrics])
         if self.board:
-            write_step(self.board, numbers)
+            write_step(self.board, metrics)
         if skipped:
-            changes = f"stops after {done} update(s)" if (done := numbers["updates"]) else "changes nothing"
-            say(f"step {numbers['step']} {changes}: {', '.join(skipped)} not finite")
-        for error in sorted(set(bad) - self.named):
+            updates = metrics.get("updates", 0)
+            changes = f"stops after {updates} update(s)" if updates else "changes nothing"
+            say(f"step {metrics['step']} {changes}: {', '.join(skipped)} not finite")
+        for error in sorted(set(bad_videos) - self.named):
             say(f"replaced by another sample: {error}")
-        self.named.update(bad)
+        self.named.update(bad_videos)
 
     def evaluation(self, row: dict) -> None:
-        """Tell TensorBoard of a line of evaluations.jsonl; the rest is engine/best.py's."""
+        """Tell TensorBoard of a line of evaluations.jsonl."""
         if self.board:
             write_evaluation(self.board, row)
 
 
-def short(numbers: dict) -> str:
+def short(metrics: dict) -> str:
     """A line of what a person watches: `step 12  VC  reward 1.12 = format 0.88 + vc 0.25  kl 0.0031  tokens 41 ...`"""
-    shown = lambda key: f"{key} {numbers[key]:.3g}" if isinstance(numbers.get(key), (int, float)) else f"{key} -"
-    return (f"step {numbers['step']}  {numbers['task']:3}  {shown('reward')} = {shown('format')} + "
-            f"{shown(numbers['part'])}  " + "  ".join(map(shown, WATCHED)))
+    def shown(name: str) -> str:
+        value = metrics.get(name)
+        return f"{name} {value:.3g}" if isinstance(value, (int, float)) else f"{name} -"
+
+    rewards = f"{shown('reward')} = {shown('format')} + {shown(metrics['part'])}"
+    others = "  ".join(map(shown, ON_CONSOLE))
+    return f"step {metrics['step']}  {metrics['task']:3}  {rewards}  {others}"
 
 
 def check_board() -> None:
@@ -150,21 +194,22 @@ def open_board(output: Path, step: int):
     shutil.rmtree(output / "tensorboard", ignore_errors=True)
     board = SummaryWriter(output / "tensorboard")
     for name, write in (("metrics.jsonl", write_step), ("evaluations.jsonl", write_evaluation)):
-        for line in (output / name).read_text().splitlines() if (output / name).exists() else ():
+        path = output / name
+        for line in path.read_text().splitlines() if path.exists() else ():
             write(board, json.loads(line))
     return board
 
 
-def write_step(board, numbers: dict) -> None:
-    for key, value in numbers.items():
-        if key != "step" and isinstance(value, (int, float)):
-            of = numbers["task"] if key in (*BY_TASK, numbers["part"]) else "step"
-            board.add_scalar(f"{of}/{key}", value, numbers["step"])
+def write_step(board, metrics: dict) -> None:
+    for name, value in metrics.items():
+        if name != "step" and isinstance(value, (int, float)):
+            group = metrics["task"] if name in (*BY_TASK, metrics["part"]) else "step"
+            board.add_scalar(f"{group}/{name}", value, metrics["step"])
     board.flush()
 
 
 def write_evaluation(board, row: dict) -> None:
-    for key, value in row.items():
-        if key != "step" and isinstance(value, (int, float)):
-            board.add_scalar(f"held_out/{key}", value, row["step"])
+    for name, value in row.items():
+        if name != "step" and isinstance(value, (int, float)):
+            board.add_scalar(f"held_out/{name}", value, row["step"])
     board.flush()
