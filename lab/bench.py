@@ -2,7 +2,7 @@
 
     python -m lab.bench                       the table, and as the last line one json object; 5 minutes on two cores
     python -m lab.bench --only ours           this project's step alone
-    python -m lab.bench --sweep --output sweep.png    how this project's step grows with G, P and C, fitted and drawn
+    python -m lab.bench --sweep               how this project's step grows with G, P and C, fitted
     python -m lab.bench --logits              memory of scoring with Qwen's vocabulary, in chunks and whole
     python -m lab.bench --decode              milliseconds and kernels per token, against `generate`
     python -m lab.bench --evaluate --model DIR --annotations test.txt --videos DIR    against one `generate` per query
@@ -35,7 +35,7 @@ import evaluate
 import grpo
 import model
 import tasks
-from engine import flags, plot
+from engine import flags
 from engine.flags import flag
 from engine.loader import Loader
 from lab import decode, plan
@@ -47,7 +47,6 @@ WORDS = "a person opens closes holds the door book then walks and sits on takes 
 SAMPLE = data.Sample("0", "video.mp4", "a person opens the door", 0.0, 1.0, None)
 GB = 2 ** 30
 AXES = {"group_size": [2, 4, 8, 16], "grids": [10, 25, 50, 75], "max_tokens": [32, 64, 128, 256]}   # of --sweep
-LABELS = {"G": "completions per prompt, G", "P": "prompt tokens, P", "C": "tokens per completion, C"}
 
 
 @dataclass(kw_only=True)
@@ -56,7 +55,6 @@ class Config(Sizes):
     repeats: int = flag(1, "runs of each way; medians are given, and the range")
     only: str = flag("", "run only this way: ours or repeated")
     sweep: bool = flag(False, "fit the time of a step against G, P and C instead")
-    output: str = flag("sweep.png", "the picture that --sweep draws")
     logits: bool = flag(False, "measure the memory of scoring instead: vocabulary 151,936, G 8, C 256, a tiny model")
     decode: bool = flag(False, "measure single tokens instead; see lab/decode.py")
     evaluate: bool = flag(False, "measure evaluation instead, on the TVG queries of --annotations")
@@ -180,63 +178,56 @@ def child(config: Config, what: str) -> dict:
             words += [f"--{field}", str(value)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:     # -9: the system ran out of memory
-        raise ValueError(f"measuring {what} ended with code {done.returncode}; a smaller --group_size needs less memory")
+        raise ValueError(f"measuring {what} ended with code {done.returncode}; a smaller --group_size needs less "
+                         "memory")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(config: Config) -> dict:
     """Run the ways in turns and print the table; returns the numbers for the last line."""
     ways = [config.only] if config.only else list(WAYS)
-    runs = [{"way": way, **child(config, way)} for _ in range(config.repeats) for way in ways]
-    first = {way: next(run for run in runs if run["way"] == way) for way in ways}
-    seconds = pd.DataFrame([{"way": run["way"], **run["seconds"]} for run in runs])
+    runs = {way: [] for way in ways}
+    for _ in range(config.repeats):
+        for way in ways:
+            runs[way].append(child(config, way))
+    first = runs[ways[0]][0]
+    every = pd.concat({way: pd.DataFrame(each) for way, each in runs.items()}, names=["way", None])
+    memory = every.groupby("way", sort=False)[["peak", "before"]].max() / GB
+    rate = float(every["rate"].max())
+    seconds = pd.DataFrame(every["seconds"].tolist(), every.index)
     seconds["scoring"] = seconds[SCORING].sum(axis=1)
     seconds["step"] = seconds[PARTS].sum(axis=1)
     by_way = seconds.groupby("way", sort=False)
-    medians = by_way.median()                                       # (ways, parts)
-    memory = pd.DataFrame(runs).groupby("way", sort=False)[["peak", "before"]].max() / GB
-    prompt, grid = first[ways[0]]["prompt"], first[ways[0]]["grid"]
-    rate = max(run["rate"] for run in runs)
-    floor = floor_seconds(config, prompt, grid, rate)
-    print_table(medians, by_way.min(), by_way.max(), memory, floor)
+    medians = by_way.median().T                                     # (parts, ways)
+    floor = floor_seconds(config, first["prompt"], first["grid"], rate)
+    table = pd.concat([medians, by_way.min().T.add_suffix(", lowest"), by_way.max().T.add_suffix(", highest")], axis=1)
+    table["floor"] = floor
+    print(table.rename_axis("seconds").to_string(float_format="%.2f", na_rep=""))
+    print(memory.rename_axis("GB").to_string(float_format="%.2f"))
     report = {}
     if len(ways) == 2:
-        for name in ("step", "scoring"):
-            report[f"ratio_{name}"] = medians[name]["repeated"] / medians[name]["ours"]
+        ratios = medians["repeated"] / medians["ours"]
+        report["ratio_step"], report["ratio_scoring"] = ratios["step"], ratios["scoring"]
         report["ratio_memory"] = memory["peak"]["repeated"] / memory["peak"]["ours"]
-        report["differences"] = differences(first["ours"], first["repeated"])
+        report["differences"] = differences(first, runs["repeated"][0])
     if "ours" in ways:
-        report["of_floor"] = floor["step"] / medians["step"]["ours"]
-        report["of_floor_scoring"] = floor["scoring"] / medians["scoring"]["ours"]
-    return {**report, "seconds": medians.to_dict("index"), "steps": by_way["step"].apply(list).to_dict(),
-            "memory_gb": memory.to_dict("index"), "gflops_matmul": rate / 1e9, "B": config.prompts, "P": prompt,
-            "G": config.group_size, "C": config.max_tokens, "grid": grid,
-            "parameters": plan.parameters(shape(config))["total"]}
+        report["of_floor"] = floor["step"] / medians["ours"]["step"]
+        report["of_floor_scoring"] = floor["scoring"] / medians["ours"]["scoring"]
+    return {**report, "seconds": medians.to_dict(), "steps": by_way["step"].apply(list).to_dict(),
+            "memory_gb": memory.to_dict("index"), "gflops_matmul": rate / 1e9, "B": config.prompts,
+            "P": first["prompt"], "G": config.group_size, "C": config.max_tokens, "grid": first["grid"],
+            "parameters": plan.shape_of(shape(config)).total}
 
 
 def floor_seconds(config: Config, prompt: int, grid: list[int], rate: float) -> dict[str, float]:
     """Seconds by part that the operations of a step take at `rate` operations per second."""
-    phases = plan.operations(shape(config), plan.Step(prompt, grid, config.group_size, config.max_tokens))
-    floor = {phase: config.prompts * sum(counts.values()) / rate for phase, counts in phases.items()}
+    step = plan.Step(prompt, grid, config.group_size, config.max_tokens)
+    floor = {}
+    for phase, counts in plan.operations(plan.shape_of(shape(config)), step).items():
+        floor[phase] = config.prompts * sum(counts.values()) / rate
     policy, total = floor["policy"], sum(floor.values())
     return {**floor, "forward": policy / 3, "backward": policy / 3 * 2, "scoring": floor["reference"] + policy,
             "step": total}
-
-
-def print_table(medians: pd.DataFrame, lows: pd.DataFrame, highs: pd.DataFrame, memory: pd.DataFrame,
-                floor: dict[str, float]) -> None:
-    """A line per part: of each way the median and the range; then the floor, and how much of it the first way reaches.
-    The last line is memory."""
-    ways = list(medians.index)
-    print(f"{'seconds':10}" + "".join(f"{way:>10}{'range':>16}" for way in ways) + f"{'floor':>10}{'reached':>9}")
-    for name in medians:
-        line = f"{name:10}"
-        for way in ways:
-            line += f"{medians[name][way]:10.2f}{lows[name][way]:9.2f}-{highs[name][way]:<6.2f}"
-        if name in floor:
-            line += f"{floor[name]:10.2f}{floor[name] / medians[name][ways[0]]:9.0%}"
-        print(line)
-    print(f"{'peak GB':10}" + "".join(f"{each.peak:10.2f} ({each.before:.2f} before)" for each in memory.itertuples()))
 
 
 def differences(ours: dict, theirs: dict) -> dict[str, float]:
@@ -254,7 +245,7 @@ def differences(ours: dict, theirs: dict) -> dict[str, float]:
 
 
 def sweep(config: Config) -> dict:
-    """Time steps of different G, P, C, fit t = a + b P + c C + d G C + e G P, draw; returns the fit and the points."""
+    """Time steps of different G, P, C and fit t = a + b P + c C + d G C + e G P; returns the fit and the points."""
     changes = [{name: value} for name, values in AXES.items() for value in values]
     changes += [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}]        # tell G C from G P
     state = set_up(config, "ours")
@@ -262,43 +253,14 @@ def sweep(config: Config) -> dict:
     for change in changes:
         shaped = replace(config, **change)
         result = step(shaped, "ours", *state)
-        point = {"G": shaped.group_size, "P": result["prompt"], "C": shaped.max_tokens,
-                 "seconds": sum(result["seconds"].values()), "axis": list(AXES).index(next(iter(change)))}
-        if len(change) > 1:
-            point["axis"] = -1
-        points.append(point)
-        print("G {G:3}  P {P:5}  C {C:4}  {seconds:7.2f} s".format(**point))
-    points = pd.DataFrame(points)
-    terms = fit_terms(points["G"], points["P"], points["C"])                            # (n, 5)
-    fit, *_ = np.linalg.lstsq(terms, points["seconds"], rcond=None)
-    draw_sweep(config, points, fit)
-    return {"fit": dict(zip(("constant", "P", "C", "GC", "GP"), fit.tolist())),
-            "residual": float(abs(terms @ fit - points["seconds"]).max()),
-            "points": points[["G", "P", "C", "seconds"]].to_numpy().tolist()}
-
-
-def fit_terms(g: np.ndarray, p: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """What seconds are fitted with, (n, 5)."""
-    return np.stack([np.ones(len(p)), p, c, g * c, g * p], axis=-1)
-
-
-def draw_sweep(config: Config, points: pd.DataFrame, fit: np.ndarray) -> None:
-    """A panel per axis: measured points and the fit through them, the other two as in `config`."""
-    tokens = config.text + config.grids * config.side ** 2 // 784
-    middle = {"G": config.group_size, "P": tokens, "C": config.max_tokens}
-    figure, panels = plot.plt.subplots(1, 3, figsize=(13, 4), layout="constrained", sharey=True)
-    for i, (name, axis) in enumerate(zip(middle, panels)):
-        measured = points[points["axis"] == i]
-        line = np.linspace(0, measured[name].max(), 50)
-        at = {each: np.full(50, float(value)) for each, value in middle.items()} | {name: line}
-        axis.plot(line, fit_terms(at["G"], at["P"], at["C"]) @ fit, color=plot.COLOURS["after"], label="fit")
-        axis.plot(measured[name], measured["seconds"], "o", color=plot.COLOURS["truth"], label="measured")
-        others = ", ".join(f"{each} = {value}" for each, value in middle.items() if each != name)
-        axis.set(xlabel=LABELS[name], xlim=(0, None), title=others)
-        axis.grid(alpha=0.25)
-    panels[0].set(ylabel="seconds per step", ylim=(0, None))
-    panels[0].legend(frameon=False)
-    plot.save(figure, config.output)
+        points.append((shaped.group_size, result["prompt"], shaped.max_tokens, sum(result["seconds"].values())))
+        print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*points[-1]))
+    g, p, c, seconds = np.array(points).T                           # (points,) each
+    terms = {"constant": np.ones(len(p)), "P": p, "C": c, "GC": g * c, "GP": g * p}
+    matrix = np.stack(list(terms.values()), axis=1)                 # (points, 5)
+    fit, *_ = np.linalg.lstsq(matrix, seconds, rcond=None)
+    residual = float(abs(matrix @ fit - seconds).max())
+    return {"fit": dict(zip(terms, fit.tolist())), "residual": residual, "points": points}
 
 
 def measure_logits(config: Config) -> dict:
