@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model
-from engine import flags, hub, lora, video
+from engine import flags, lora, model_folder, video
 from engine.flags import AnswerFlags, flag
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
@@ -355,9 +355,8 @@ def config_of(name: str) -> Qwen2_5_VLConfig:
     published = name.partition("@")[0]
     if published in PUBLISHED and not os.path.exists(name):
         return Qwen2_5_VLConfig(**PUBLISHED[published])
-    folder = lora.base(hub.local_folder(name, config_only=True))
-    model.check_config(folder)
-    return Qwen2_5_VLConfig.from_pretrained(folder)
+    folder = lora.base(model_folder.local_folder(name, config_only=True))
+    return model_folder.read_config(folder)
 
 
 def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tuple[int, int, int]]:
