@@ -253,7 +253,7 @@ def main(config: Config) -> dict[str, dict]:
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
     if config.warm_start:
-        model.check_folder(config.warm_start)
+        lora.check(config.warm_start)
     world, small = Path(config.output), 0 < config.steps < 20
     if occupied(world):
         if not config.resume:

@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass
 from transformers import Qwen2_5_VLConfig
 
 import model
-from engine import flags, hub, lora, video
+from engine import flags, lora, model_folder, video
 from engine.flags import flag
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
@@ -245,9 +245,7 @@ def config_of(name: str) -> Qwen2_5_VLConfig:
     be used."""
     if name.partition("@")[0] in PUBLISHED and not os.path.exists(name):
         return Qwen2_5_VLConfig(**PUBLISHED[name.partition("@")[0]])
-    folder = lora.base(hub.local_folder(name, config_only=True))
-    model.check_config(folder)
-    return Qwen2_5_VLConfig.from_pretrained(folder)
+    return model_folder.read_config(lora.base(model_folder.local_folder(name, config_only=True)))
 
 
 def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tuple[int, int, int]]:
