@@ -85,10 +85,10 @@ def test_samples_and_substitutes_depend_on_seed_and_index_alone():
 
 
 def test_videos_are_decoded_as_many_at_a_time_as_there_are_workers():
-    running, most = set(), []
+    running, most = [], []
 
     def prepare(sample, task):
-        running.add(sample)
+        running.append(sample)
         most.append(len(running))
         time.sleep(0.01)
         running.remove(sample)
