@@ -235,7 +235,7 @@ def check_flags(config: Config) -> None:
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, each once")
     flags.check_numbers(config, "max_tokens", "total_pixels", "cache_gb", "video_timeout", "workers")
     if config.model:
-        model.check_folder(config.model)
+        lora.check(config.model)
     path = Path(config.output) / "config.json"
     if config.output and path.exists():
         old = files.read_config(path)

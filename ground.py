@@ -23,7 +23,7 @@ import model
 import rewards
 import tasks
 from data import Sample
-from engine import distributed, files, flags, plot
+from engine import distributed, files, flags, lora, plot
 from engine.flags import AnswerFlags, VideoFlags, flag
 from engine.loader import Loader
 from engine.video import Clip
@@ -50,7 +50,7 @@ def main(config: Config) -> list[dict]:
         files.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():
             raise ValueError(f"--png {config.png}: is a folder; give the name of a picture")
-    model.check_folder(config.model)
+    lora.check(config.model)
     load = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb)
     clip = load(config.video)
     load.close()

@@ -44,7 +44,8 @@ MAX_GRAD_NORM = 1.0     # longer gradients are cut to this length, the usual val
 def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tensor, "*B G"]:
     """Rewards normalised within their group (Eq. 3); without `scale` only their mean is subtracted. A group whose
     rewards are all equal gets zeros."""
-    rewards = rewards - rewards[..., :1]    # so that equal ones are 0 exactly: their fp32 mean may differ from them
+    # so that equal ones are 0 exactly: their fp32 mean may differ from them
+    rewards = rewards - rewards[..., :1]
     centred = rewards - rewards.mean(-1, keepdim=True)
     if not scale:
         return centred
@@ -63,8 +64,8 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
     is the sum over all tokens divided by it: by the tokens of the whole batch (bnpo), or by num_completions times the
     longest completion (dr_grpo). Without ref_logprobs there is no KL.
     """
-    advantages = advantages[..., None]                                  # (B, G, 1)
-    ratio = torch.exp(logprobs - old_logprobs)                          # (B, G, C)
+    advantages = advantages[..., None]                              # (B, G, 1)
+    ratio = torch.exp(logprobs - old_logprobs)                      # (B, G, C)
     clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon)
     gain = ratio * advantages
     clipped_gain = clipped_ratio * advantages
@@ -76,8 +77,8 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
 
     objective = torch.minimum(gain, clipped_gain) - beta * kl           # Eq. 4, per token
 
-    completion_length = mask.sum(-1, keepdim=True)                      # (B, G, 1)
-    weight = mask / (completion_length * num_completions)               # (B, G, C), its sum is 1
+    completion_length = mask.sum(-1, keepdim=True)                  # (B, G, 1)
+    weight = mask / (completion_length * num_completions)           # (B, G, C), its sum is 1
     loss_weight = weight if normalizer is None else mask / normalizer
     mean_loss = -(objective * loss_weight).sum()
     mean_kl = (kl * weight).sum().detach()
@@ -87,20 +88,20 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
 
 @dataclass(frozen=True)
 class Rollouts:
-    prompts: list[Prompt]               # B, as they were sampled from; of a frozen vision tower with what it saw
+    prompts: list[Prompt]               # B; with what a vision tower saw, where the tower is frozen
     completions: Int[Tensor, "B G C"]   # token ids; 0 after the end
     mask: Int[Tensor, "B G C"]          # 1 up to and including the stop token
-    logprobs: Float[Tensor, "B G C"]    # log-probability of each token as it was sampled; 0 after the end
+    logprobs: Float[Tensor, "B G C"]    # of each token as it was sampled; 0 after the end
 
-    def split(self, micro_batch_size: int) -> list["Rollouts"]:
-        """Micro-batches of so many prompts, 0: all; each is as long as its own longest completion."""
-        size = micro_batch_size or len(self.prompts)
+    def split(self, size: int) -> list["Rollouts"]:
+        """Micro-batches of `size` prompts; each is as long as its own longest completion."""
         parts = []
         for i in range(0, len(self.prompts), size):
             chosen = slice(i, i + size)
             longest = int(self.mask[chosen].sum(-1).max())
-            parts.append(Rollouts(self.prompts[chosen], self.completions[chosen, :, :longest],
-                                  self.mask[chosen, :, :longest], self.logprobs[chosen, :, :longest]))
+            tensors = (self.completions, self.mask, self.logprobs)
+            parts.append(Rollouts(self.prompts[chosen],
+                                  *(tensor[chosen, :, :longest] for tensor in tensors)))
         return parts
 
 
@@ -116,7 +117,8 @@ def join(parts: list[Rollouts]) -> Rollouts:
     return Rollouts(prompts, padded("completions"), padded("mask"), padded("logprobs"))
 
 
-def rollout(policy: Policy, prompts: list[Prompt], group_size: int, generators: list[torch.Generator],
+def rollout(policy: Policy, prompts: list[Prompt], group_size: int,
+            generators: list[torch.Generator],
             stop_ids: list[int], max_tokens: int, temperature: float = 1.0,
             micro_batch_size: int = 0) -> Rollouts:
     """`sample` for training: in micro-batches of so many prompts (0: all at once), and with sharded weights gathered,
@@ -131,7 +133,8 @@ def rollout(policy: Policy, prompts: list[Prompt], group_size: int, generators: 
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: int, stop_ids: list[int],
+def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: int,
+           stop_ids: list[int],
            generators: list[torch.Generator] | None = None, temperature: float = 1.0) -> Rollouts:
     """Sample G completions of each of B prompts, or decode greedily when there are no `generators`.
 
@@ -143,22 +146,25 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: i
     device, num_rows = batch["input_ids"].device, len(prompts) * group_size
     lengths = [len(prompt.input_ids) for prompt in seen]
     packed = Packed(lengths, keep=True, device=device)
-    ends = torch.tensor(lengths, device=device).cumsum(0) - 1           # (B,)
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1       # (B,)
     logits = policy.logits(**batch, layout=packed, at=ends, temperature=temperature)
-    logits = logits.repeat_interleave(group_size, 0)                    # (B * G, V)
+    logits = logits.repeat_interleave(group_size, 0)                # (B * G, V)
     start = first_positions(seen).to(device).repeat_interleave(group_size)
     decoding = policy.start_decoding(packed, group_size, start, max_tokens)
     uniform = None
     if generators is not None:
-        draws = [torch.rand(group_size, max_tokens, generator=generator) for generator in generators]
-        uniform = torch.cat(draws).to(device)                           # (B * G, max_tokens)
+        draws = [torch.rand(group_size, max_tokens, generator=generator)
+                 for generator in generators]
+        uniform = torch.cat(draws).to(device)                       # (B * G, max_tokens)
 
     completions = torch.zeros(num_rows, max_tokens, dtype=torch.long, device=device)
     mask = torch.zeros_like(completions)
     logprobs = torch.zeros(num_rows, max_tokens, device=device)
     stop = torch.tensor(stop_ids, device=device)
-    row = torch.arange(num_rows, device=device)     # rows that are still computed, as many of each prompt
-    running = torch.ones(num_rows, dtype=torch.bool, device=device)     # which of these have not stopped
+    # rows that are still computed, as many of each prompt
+    row = torch.arange(num_rows, device=device)
+    # which of these have not stopped
+    running = torch.ones(num_rows, dtype=torch.bool, device=device)
     for c in range(max_tokens):
         token = draw_token(logits, None if uniform is None else uniform[row, c]) * running
         logprob = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1).float()
@@ -194,40 +200,42 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
     device = batch["input_ids"].device
     completions, is_token = completions.to(device), mask.to(device).bool()
     layout = Packed(lengths, mask.sum(-1).tolist(), device=device)
-    targets = completions[is_token]                                     # (n,), all groups'
+    targets = completions[is_token]                                 # (n,), all groups'
     start = first_positions(prompts).to(device)
-    positions = start[:, None, None] + torch.arange(mask.shape[-1], device=device)      # (B, 1, C)
-    positions = positions.expand(mask.shape)[is_token].expand(3, -1)    # (3, n), as text has them
-    batch["input_ids"] = torch.cat([batch["input_ids"], targets])                       # (N,)
-    batch["position_ids"] = torch.cat([batch["position_ids"], positions], dim=1)        # (3, N)
+    positions = start[:, None, None] + torch.arange(mask.shape[-1], device=device)  # (B, 1, C)
+    positions = positions.expand(mask.shape)[is_token].expand(3, -1)  # (3, n), as text has them
+    batch["input_ids"] = torch.cat([batch["input_ids"], targets])   # (N,)
+    batch["position_ids"] = torch.cat([batch["position_ids"], positions], dim=1)  # (3, N)
 
-    # A completion's first token is predicted behind the prompt, the others behind the token before them.
-    before = torch.zeros_like(completions)                              # (B, G, C)
+    # A completion's first token is predicted behind the prompt, the others behind the token
+    # before them.
+    before = torch.zeros_like(completions)                          # (B, G, C)
     before[is_token] = torch.arange(len(targets), device=device) + sum(lengths) - 1
-    ends = torch.tensor(lengths, device=device).cumsum(0) - 1           # (B,)
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1       # (B,)
     before[..., 0] = ends[:, None]
     scores = policy.logprobs(**batch, layout=layout, at=before[is_token], targets=targets,
-                             temperature=temperature)                   # (n,)
+                             temperature=temperature)               # (n,)
     zeros = torch.zeros(mask.shape, dtype=scores.dtype, device=device)
     return zeros.masked_scatter(is_token, scores)
 
 
-def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollouts: Rollouts,
-           advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str, epsilon: float,
-           num_iterations: int, max_tokens: int, temperature: float,
+def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
+           rollouts: Rollouts, advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str,
+           epsilon: float, max_tokens: int, num_iterations: int, temperature: float,
            micro_batch_size: int) -> dict[str, float | None]:
     """`num_iterations` AdamW steps on the loss (Eq. 3, 4) of the rollouts of all processes; returns the metrics of the
     last one. A step of which a metric is not finite is left out, and so are those after it: all processes see the same
     metrics. Without a reference there is no KL term; `max_tokens` is the normalizer of dr_grpo."""
     counts = gather([(advantages.numel(), int(rollouts.mask.sum()), bool(advantages.any()))])
     num_completions, num_tokens, num_learning = (sum(column) for column in zip(*counts))
-    metrics = {"updates": 0, "kl": None, "loss": None, "clipped": None, "mismatch": None, "grad_norm": 0.0}
+    metrics = {"updates": 0, "grad_norm": 0.0, **dict.fromkeys(("loss", "kl", "clipped", "mismatch"))}
     if num_learning == 0:                   # departure 5
         return metrics
-    normalizers = {"grpo": None, "bnpo": float(num_tokens), "dr_grpo": float(max_tokens * num_completions)}
-    micro_batches = rollouts.split(micro_batch_size)
-    sizes = [len(part.prompts) for part in micro_batches]
-    advantages = advantages.to(rollouts.mask.device).split(sizes)
+    longest_possible = max_tokens * num_completions
+    normalizer = {"grpo": None, "bnpo": num_tokens, "dr_grpo": longest_possible}[loss_type]
+    size = micro_batch_size or len(rollouts.prompts)
+    micro_batches = rollouts.split(size)
+    advantages = advantages.to(rollouts.mask.device).split(size)
 
     def score(model: Policy, part: Rollouts) -> Float[Tensor, "B G C"]:
         return logprobs(model, part.prompts, part.completions, part.mask, temperature)
@@ -240,20 +248,20 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
     for iteration in range(num_iterations):
         sums = torch.zeros(4)
         for i, part in enumerate(micro_batches):
-            new_logprobs = score(policy, part)                          # (B, G, C)
+            new_logprobs = score(policy, part)                      # (B, G, C)
             if iteration == 0:
                 old_logprobs.append(new_logprobs.detach())
             mean_loss, kl, clip_fraction = loss(
                 new_logprobs, old_logprobs[i], ref_logprobs[i], advantages[i], part.mask, beta,
-                num_completions, normalizers[loss_type], epsilon)
+                num_completions, normalizer, epsilon)
             # FSDP averages gradients over the processes; the loss wants their sum
             (mean_loss * len(counts)).backward()
             mismatch = (old_logprobs[i] - part.logprobs).abs().sum()
             sums += torch.stack([mean_loss.detach(), kl, clip_fraction, mismatch]).cpu()
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         totals = [sum(column) for column in zip(*gather([sums.tolist()]))]
-        metrics["loss"], metrics["kl"], metrics["clipped"], mismatch = totals
-        metrics["mismatch"] = mismatch / num_tokens
+        metrics |= zip(("loss", "kl", "clipped", "mismatch"), totals)
+        metrics["mismatch"] /= num_tokens
         metrics["grad_norm"] = full_norm(grad_norm)
         if not_finite(metrics):
             break

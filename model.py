@@ -13,46 +13,45 @@ Departures from transformers: patches are cut here, in 20 lines, because the lib
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
 rounding does not move a patch.
 """
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
-from engine import attention, lora
+from engine import attention, lora, model_folder
 from engine.attention import Packed
-from engine.hub import local_folder
-from engine.lora import check_folder
-from engine.model_folder import ModelError, brief, check_config
+from engine.model_folder import ModelError, one_line
 from engine.sampling import Decoding
 from engine.video import Clip
 
-__all__ = ["Encoder", "ModelError", "Policy", "Prompt", "check_config", "check_folder", "cut_patches", "load", "pack",
-           "place", "save", "see"]
+__all__ = ["Encoder", "ModelError", "Policy", "Prompt", "cut_patches", "load", "pack", "place",
+           "save", "see"]
 
-PATCH, MERGE = 14, 2            # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)     # of CLIP's training images,
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)     # as Qwen2.5-VL's processor has them
+PATCH, MERGE = 14, 2        # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patches become one token
+# of CLIP's training images, as Qwen2.5-VL's processor has them
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
 LOGITS_AT_ONCE = 2 ** 26        # scoring holds at most this many logits: 256 MB in fp32
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")     # some tokenizers have them as special tokens
+# some tokenizers have them as special tokens
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TEXT_MARK = "\ue000"    # of Unicode's private use
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+                 "<|video_pad|>")
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,13 @@ class Prompt:
     position_ids: Int[Tensor, "3 P"]                # time, row and column
     pixel_values_videos: Float[Tensor, "N 1176"]    # normalised patches, N = t * h * w
     video_grid_thw: Int[Tensor, " 3"]               # t, h, w in patches
-    key: tuple | None = None                        # of its clip: prompts of equal keys show the same video
-    video_embeds: Float[Tensor, "tokens H"] | None = None   # what a vision tower made of the patches, once it has run
+    key: tuple | None = None                # of its clip: prompts of equal keys show the same video
+    # what a vision tower made of the patches, once it has run
+    video_embeds: Float[Tensor, "tokens H"] | None = None
 
 
-def cut_patches(frames: UInt8[Tensor, "T 3 H W"]) -> tuple[Float[Tensor, "N 1176"], Int[Tensor, " 3"]]:
+def cut_patches(frames: UInt8[Tensor, "T 3 H W"],
+                ) -> tuple[Float[Tensor, "N 1176"], Int[Tensor, " 3"]]:
     """Frames, T even, H and W multiples of 28 -> normalised patches, and the grid of t, h, w patches.
 
     The patches of one 2 x 2 block follow each other, since the vision tower merges four in a row into a token.
@@ -76,12 +77,12 @@ def cut_patches(frames: UInt8[Tensor, "T 3 H W"]) -> tuple[Float[Tensor, "N 1176
     h, w = height // PATCH, width // PATCH
     pixels = (frames.float() / 255 - MEAN) / STD
     pixels = pixels.view(t // 2, 2, c, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    pixels = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)          # (T/2, h/2, w/2, 2, 2, C, 2, 14, 14)
+    pixels = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (T/2, h/2, w/2, 2, 2, C, 2, 14, 14)
     return pixels.reshape(-1, c * 2 * PATCH * PATCH), torch.tensor([t // 2, h, w])
 
 
-def place(input_ids: Int[Tensor, " P"], video_pad: int, video_grid_thw: Int[Tensor, " 3"], seconds_per_grid: float,
-          tokens_per_second: float) -> Int[Tensor, "3 P"]:
+def place(input_ids: Int[Tensor, " P"], video_pad: int, video_grid_thw: Int[Tensor, " 3"],
+          seconds_per_grid: float, tokens_per_second: float) -> Int[Tensor, "3 P"]:
     """Positions of a token sequence with one video in it (Qwen2.5-VL, Section 2.1.2)."""
     t, h, w = video_grid_thw.tolist()
     h, w = h // MERGE, w // MERGE                                                   # in tokens
@@ -91,9 +92,9 @@ def place(input_ids: Int[Tensor, " P"], video_pad: int, video_grid_thw: Int[Tens
     time = torch.arange(t) * seconds_per_grid * tokens_per_second
     time = (time + 1e-3).long()                     # 1.9999 is 2: a frame rate's rounding
     axes = torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")
-    video = torch.stack(axes).view(3, -1) + first                                   # (3, t * h * w)
+    video = torch.stack(axes).view(3, -1) + first                   # (3, t * h * w)
     behind = video.max() + 1
-    return torch.cat([before.expand(3, -1), video, after.expand(3, -1) + behind], dim=1)    # (3, P)
+    return torch.cat([before.expand(3, -1), video, after.expand(3, -1) + behind], dim=1)  # (3, P)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     tokens_per_second: float
     folder: str = ""        # where it was loaded from
-    # the latest prompt of each clip, by its key, while it is in use: the queries of one clip share their patches
-    latest: WeakValueDictionary = field(default_factory=WeakValueDictionary, compare=False, repr=False)
+    # the latest prompt of each clip, by its key, while it is in use: a clip's queries share patches
+    latest: WeakValueDictionary = field(default_factory=WeakValueDictionary, compare=False,
+                                        repr=False)
 
     @cached_property
     def special(self) -> dict[int, str]:
@@ -128,11 +130,11 @@ class Encoder:
         pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         places = (ids == pad).nonzero()
         if len(places) != 1:
-            raise ModelError(f"the chat template makes {len(places)} <|video_pad|> tokens of one video; "
-                             "use the tokenizer of a Qwen2.5-VL folder")
+            raise ModelError(f"the chat template makes {len(places)} <|video_pad|> tokens of one "
+                             "video; use the tokenizer of a Qwen2.5-VL folder")
         first = int(places[0, 0])
         pads = torch.full((len(patches) // MERGE ** 2,), pad)
-        ids = torch.cat([ids[:first], pads, ids[first + 1:]])                       # (P,)
+        ids = torch.cat([ids[:first], pads, ids[first + 1:]])       # (P,)
         positions = place(ids, pad, grid, 2 / clip.fps, self.tokens_per_second)
         prompt = Prompt(ids, positions, patches, grid, clip.key)
         if clip.key is not None:
@@ -154,7 +156,8 @@ class Encoder:
             else:
                 strings.append(piece)
         strings.append(after)
-        ids = [self.tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings if string]
+        ids = [self.tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings
+               if string]
         return sum(ids, [])
 
     def apply_template(self, text: str, **options):
@@ -163,17 +166,19 @@ class Encoder:
         return self.tokenizer.apply_chat_template([{"role": "user", "content": content}],
                                                   add_generation_prompt=True, **options)
 
-    def decode(self, completions: Int[Tensor, "*batch C"], mask: Int[Tensor, "*batch C"]) -> list[str]:
+    def decode(self, completions: Int[Tensor, "*batch C"],
+               mask: Int[Tensor, "*batch C"]) -> list[str]:
         """Texts of completions, one after the other; what the mask excludes and special tokens are left out."""
         rows = zip(completions.flatten(0, -2).tolist(), mask.flatten(0, -2).tolist())
-        kept = [[i for i, is_token in zip(*row) if is_token and i not in self.special] for row in rows]
+        kept = [[i for i, is_token in zip(*row) if is_token and i not in self.special]
+                for row in rows]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=False)
 
 
 def embed_patches(embed: nn.Module, patches: Float[Tensor, "N 1176"]) -> Float[Tensor, "N H"]:
     """transformers' 3-D convolution, as the matrix product that it is for patches that do not overlap; many times
     faster on a CPU."""
-    weight = embed.proj.weight.flatten(1)                                           # (H, 1176)
+    weight = embed.proj.weight.flatten(1)                           # (H, 1176)
     return F.linear(patches.to(weight.dtype), weight)
 
 
@@ -207,20 +212,22 @@ class Policy(nn.Module):
 
     def hidden(self, input_ids: Int[Tensor, " N"], position_ids: Int[Tensor, "3 N"], layout: Packed,
                pixel_values_videos: Tensor | None = None, video_grid_thw: Tensor | None = None,
-               video_embeds: Tensor | None = None, at: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n H"]:
+               video_embeds: Tensor | None = None,
+               at: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n H"]:
         """The last layer's output at the tokens `at`, or at all, of tokens which see each other as `layout` says. Their
         videos come as patches (n, 1176) with a grid (videos, 3), or as what `watch` made of them."""
         if pixel_values_videos is not None:
             # FSDP's own version of `watch` would spread the root's weights again
             video_embeds = Policy.watch(self, pixel_values_videos, video_grid_thw)
-        embeds = self.qwen.get_input_embeddings()(input_ids)                        # (N, H)
+        embeds = self.qwen.get_input_embeddings()(input_ids)        # (N, H)
         if video_embeds is not None:
             is_video = (input_ids == self.qwen.config.video_token_id)[:, None]
             embeds = embeds.masked_scatter(is_video, video_embeds.to(embeds.dtype))
         hidden = self.qwen.model.language_model(
             inputs_embeds=embeds[None], position_ids=position_ids[:, None],
-            attention_mask={"full_attention": layout}, use_cache=False).last_hidden_state[0]    # (N, H)
-        return hidden if at is None else hidden.index_select(0, at)                 # (n, H)
+            attention_mask={"full_attention": layout},
+            use_cache=False).last_hidden_state[0]                   # (N, H)
+        return hidden if at is None else hidden.index_select(0, at)  # (n, H)
 
     def head(self, hidden: Float[Tensor, "n H"], temperature: float) -> Float[Tensor, "n V"]:
         """Logits of the distribution that is sampled from and scored, at least fp32."""
@@ -235,11 +242,13 @@ class Policy(nn.Module):
         """Logits of the token behind each of those that `hidden`, which gets the other arguments, returns."""
         return self.head(self.hidden(*tokens, **videos), temperature)
 
-    def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"], max_tokens: int) -> Decoding:
+    def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"],
+                       max_tokens: int) -> Decoding:
         """What samples behind prompts that a pass kept in `packed`; the arguments are those of sampling.Decoding."""
         return Decoding(self.qwen.model.language_model, packed, rows, start, max_tokens)
 
-    def next_logits(self, decoding: Callable, token: Int[Tensor, " BR"], temperature: float) -> Float[Tensor, "BR V"]:
+    def next_logits(self, decoding: Callable, token: Int[Tensor, " BR"],
+                    temperature: float) -> Float[Tensor, "BR V"]:
         """Logits behind one new token per row. Weights stay gathered since the prompts' pass: see
         distributed.gathered."""
         return self.head(decoding(token), temperature)
@@ -249,9 +258,10 @@ class Policy(nn.Module):
         """Log-probabilities of the tokens `targets`, one behind each of those that `hidden` returns. The vocabulary's
         logits are made a chunk of tokens at a time, and again in the backward pass, so that n x V is never held whole.
         """
-        hidden = self.hidden(*tokens, **videos)                                     # (n, H)
+        hidden = self.hidden(*tokens, **videos)                     # (n, H)
 
-        def score(hidden: Float[Tensor, "chunk H"], targets: Int[Tensor, " chunk"]) -> Float[Tensor, " chunk"]:
+        def score(hidden: Float[Tensor, "chunk H"],
+                  targets: Int[Tensor, " chunk"]) -> Float[Tensor, " chunk"]:
             return -F.cross_entropy(self.head(hidden, temperature), targets, reduction="none")
 
         size = max(1, LOGITS_AT_ONCE // self.qwen.lm_head.out_features)
@@ -264,21 +274,25 @@ class Policy(nn.Module):
 def check_finite(logprobs: Float[Tensor, "*batch C"], folder: str) -> None:
     """Raise ModelError unless the log-probabilities of sampled tokens are finite: else the model has no answers."""
     if not logprobs.isfinite().all():
-        raise ModelError(f"{folder}: the model's logits are not finite, so it has no answers; copy its *.safetensors "
-                         "files again, or give a model from before its training went wrong")
+        raise ModelError(f"{folder}: the model's logits are not finite, so it has no answers; copy "
+                         "its *.safetensors files again, or give a model from before its training "
+                         "went wrong")
 
 
 def pack(policy: Policy, prompts: list[Prompt]) -> dict[str, Tensor]:
     """Prompts of any lengths one after the other, without padding, and their videos, as the arguments of
     Policy.hidden."""
     device = next(policy.parameters()).device
-    batch = {"input_ids": torch.cat([prompt.input_ids for prompt in prompts]),                      # (N,)
-             "position_ids": torch.cat([prompt.position_ids for prompt in prompts], dim=1)}         # (3, N)
+    def column(name: str) -> list[Tensor]:
+        return [getattr(prompt, name) for prompt in prompts]
+
+    batch = {"input_ids": torch.cat(column("input_ids")),                   # (N,)
+             "position_ids": torch.cat(column("position_ids"), dim=1)}      # (3, N)
     if prompts[0].video_embeds is not None:
-        batch["video_embeds"] = torch.cat([prompt.video_embeds for prompt in prompts])
+        batch["video_embeds"] = torch.cat(column("video_embeds"))           # (tokens, H)
     else:
-        batch["pixel_values_videos"] = torch.cat([prompt.pixel_values_videos for prompt in prompts])
-        batch["video_grid_thw"] = torch.stack([prompt.video_grid_thw for prompt in prompts])        # (B, 3)
+        batch["pixel_values_videos"] = torch.cat(column("pixel_values_videos"))     # (n, 1176)
+        batch["video_grid_thw"] = torch.stack(column("video_grid_thw"))     # (B, 3)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -288,103 +302,80 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     keys = [i if prompt.key is None else prompt.key for i, prompt in enumerate(prompts)]
     unseen = {key: prompt for key, prompt in zip(keys, prompts) if prompt.video_embeds is None}
     video_embeds = {}
-    for key_and_prompt in groups_of_patches(unseen):
-        group = dict(key_and_prompt)
+    for group in groups_of_patches(unseen):
         batch = pack(policy, list(group.values()))
-        embeds = policy.watch(batch["pixel_values_videos"], batch["video_grid_thw"])                # (video tokens, H)
+        embeds = policy.watch(batch["pixel_values_videos"], batch["video_grid_thw"])
         lengths = [len(prompt.pixel_values_videos) // MERGE ** 2 for prompt in group.values()]
         video_embeds.update(zip(group, embeds.split(lengths)))
     return [replace(prompt, video_embeds=video_embeds[key]) if key in video_embeds else prompt
             for key, prompt in zip(keys, prompts)]
 
 
-def groups_of_patches(prompts: dict) -> list[list[tuple]]:
-    """(key, prompt) in groups for one pass of the vision tower: a group is closed once it has PATCHES_AT_ONCE."""
-    groups, patches = [[]], 0
+def groups_of_patches(prompts: dict[Any, Prompt]) -> list[dict[Any, Prompt]]:
+    """Prompts by key in groups for one pass of the vision tower each: a group is full once it has PATCHES_AT_ONCE."""
+    groups, patches = [], PATCHES_AT_ONCE
     for key, prompt in prompts.items():
         if patches >= PATCHES_AT_ONCE:
-            groups.append([])
+            groups.append({})
             patches = 0
-        groups[-1].append((key, prompt))
+        groups[-1][key] = prompt
         patches += len(prompt.pixel_values_videos)
-    return groups if prompts else []
+    return groups
 
 
-def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         lora_rank: int = 0, seed: int = 0) -> tuple[Policy, Encoder]:
-    """Policy, in fp32 for training, and Encoder from a Hugging Face folder of safetensors or the name of one on the
-    hub, or from a folder of adapters, whose model is loaded with them. `lora_rank`: of adapters
-    that learn, see engine/lora.py.
+def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, lora_rank: int = 0,
+         seed: int = 0) -> tuple[Policy, Encoder]:
+    """Policy and Encoder of a Hugging Face folder of safetensors, or of a folder of adapters with the model that they
+    belong to; `folder` may be a name on the hub. With `lora_rank`, adapters of that rank learn and all else is frozen:
+    see engine/lora.py.
 
     Raises ModelError when there is no such folder, it holds another architecture, or weights are missing.
     """
-    check_folder(folder)
-    folder, adapters = lora.base(folder), local_folder(folder)
-    # Of tokenizers and models in another form than they expect, transformers and torch raise any Exception.
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be read ({brief(error)}); copy the tokenizer*.json files "
-                         "again") from error
+    lora.check(folder)
+    adapters, folder = model_folder.local_folder(folder), lora.base(folder)
+    tokenizer = model_folder.load_tokenizer(folder)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (*STOP_TOKENS, "<|video_pad|>") if token not in vocabulary]
     if missing:
-        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's own tokenizer files")
-    try:
+        raise ModelError(f"{folder}: the tokenizer lacks {', '.join(missing)}; use the folder's "
+                         "own tokenizer files")
+    way_out = "copy config.json and the *.safetensors files again"
+    with one_line(folder, "the model cannot be built", way_out):
         qwen, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa", local_files_only=True,
-            output_loading_info=True, ignore_mismatched_sizes=True)     # of a weight that is missing it only warns
-    except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be built ({brief(error)}); copy config.json and the "
-                         "*.safetensors files again") from error
-    lost = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
-    if lost:
-        raise ModelError(f"{folder}: {len(lost)} weights are missing or have another shape than config.json says, such "
-                         f"as {lost[0]}; copy config.json and the *.safetensors files again")
-    forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+            attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True)
+        wrong = sorted(report["missing_keys"])
+        wrong += sorted(name for name, *_ in report["mismatched_keys"])
+        if wrong:       # transformers only warns, and leaves random numbers in them
+            raise ValueError(f"{len(wrong)} weights are missing or have another shape than "
+                             f"config.json says, such as {wrong[0]}")
     lora.attach(qwen, adapters, lora_rank, seed)
+    forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     policy = Policy(qwen.to(device), forbidden)
-    for weight in qwen.parameters():
-        if weight.device.type == "cpu":     # else it lies in the file, and changes or vanishes with that
+    for weight in policy.parameters():
+        if weight.device.type == "cpu":     # else it lies in the file, and changes with that
             weight.data = weight.data.clone()
-    return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, str(folder))
+    return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, folder)
 
 
 def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
     """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes. Of a policy
-    that learns adapters it has these alone, as peft stores them, unless they are to be merged into the weights."""
+    that learns adapters, the folder holds these alone, as peft stores them."""
     only_adapters = bool(lora.adapters(policy))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
-    weights = get_model_state_dict(policy, options=options)                     # a collective when sharded
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)
+    weights = get_model_state_dict(policy, options=options)             # a collective when sharded
     if policy.qwen.lm_head.weight is policy.qwen.get_input_embeddings().weight:
-        weights.pop("qwen.lm_head.weight", None)                                # tied: stored once, as in the 3B folder
+        weights.pop("qwen.lm_head.weight", None)        # tied: stored once, as in the 3B folder
+    weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        folder = Path(folder)
-        unfinished, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            weights = {name.removeprefix("qwen."): weight for name, weight in weights.items()}
+        with model_folder.replaced(folder) as unfinished:
             if only_adapters:
                 lora.write(policy.qwen, weights, encoder.folder, unfinished)
             else:
                 policy.qwen.save_pretrained(unfinished, state_dict=weights)
             encoder.tokenizer.save_pretrained(unfinished)
-            # The source's own files, which older versions of transformers read, too: those of version 5 they do not.
-            for path in Path(encoder.folder).iterdir() if encoder.folder else ():
-                wanted = path.suffix in (".json", ".jinja") or path.name == "merges.txt"
-                # beside a config.json, transformers would look for whole weights, too, not for adapters' model
-                wanted &= not (only_adapters and path.name == "config.json")
-                if wanted and not path.name.endswith(".safetensors.index.json"):
-                    shutil.copy(path, unfinished)
-            for path in unfinished.iterdir():
-                path.chmod(0o644)               # safetensors writes 0600, and other users would see no such file
-        except (SafetensorError, OSError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(f"{folder}: could not be written ({error})") from error
-        if folder.exists():         # a folder cannot replace another: whenever this is killed, one of them is whole
-            shutil.rmtree(previous, ignore_errors=True)
-            os.replace(folder, previous)
-        os.replace(unfinished, folder)
-        shutil.rmtree(previous, ignore_errors=True)
+            if encoder.folder:
+                model_folder.copy_texts(encoder.folder, unfinished, with_config=not only_adapters)
     if dist.is_initialized():
         dist.barrier()

@@ -45,60 +45,77 @@ class Config(VideoFlags, AnswerFlags):
     annotations: str = flag(MISSING, "annotation file of any of the formats that data.py lists")
     videos: str = flag(MISSING, "folder of the video files")
     output: str = flag(MISSING, "folder for logs, checkpoints and the trained model")
-    steps: int = flag(1000, "optimizer steps; the paper's two epochs of Charades-STA in batches of 4 are 6,204")
+    steps: int = flag(1000, "optimizer steps; the paper's two epochs of Charades-STA in batches of "
+                            "4 are 6,204")
     seed: int = flag(0, "all randomness follows from it")
     tvg_prob: float = flag(0.8, "p of Eq. 13, the paper's value")
-    tasks: list[str] = flag(list(tasks.INVERSIONS), "inversion tasks to draw from; the paper's three")
-    group_size: int = flag(8, "G, completions per prompt; the paper does not say, the authors' code has 8")
-    prompts_per_step: int = flag(4, "prompts in the global batch, a multiple of the processes; the paper's batch size")
-    micro_batch_size: int = flag(0, "prompts that a process samples and scores at once, 0 for all; lower it when "
-                                    "memory runs out, the result is the same")
-    beta: float = flag(0.04, "weight of the KL term; the paper does not say, the authors' code has 0.04. 0 needs no "
-                             "reference model")
-    learning_rate: float = flag(1e-6, "the authors' code has 1e-6; the paper says 5e-5, fifty times what full "
-                                      "fine-tuning with reinforcement learning usually takes")
-    loss_type: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; bnpo: over all "
-                                  "tokens of the batch, as in the authors' trainer; dr_grpo: sum over tokens / "
-                                  "--max_tokens, mean")
-    scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: they are not")
-    num_iterations: int = flag(1, "AdamW steps per rollout; the paper's ratio and the clipping count from the second "
-                                  "on")
-    epsilon: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no more; PPO's usual value")
-    cosine_rewards: bool = flag(False, "pay an inversion task the similarity of its verbs in place of 0 or 1 (Table 3)")
-    vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: any number, as Eq. 7 "
-                                "is written, by which a list of 50 verbs earns 0.96 on Charades-STA")
-    temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what was sampled")
-    freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once per video and step")
-    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * rank, no dropout, "
-                             "--freeze_vision implied), for a fraction of the memory; such as 16, with a "
-                             "--learning_rate ten times as large or more. 0: train all weights")
-    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again: about a quarter "
-                                               "more time in scoring, for less memory; same result")
-    eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is scored during "
-                                     "training; training is the same to the bit. Empty: none")
-    eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and after the last")
-    eval_samples: int = flag(200, "queries of that file, always the same ones, in TVG, VC, AR and VD, greedily")
-    save_every: int = flag(100, "write a checkpoint every so many steps, 0 for only at the end and when stopped; one "
-                                "takes 12 bytes per weight, 45 GB for the 3B model, and two are kept")
-    resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where there is none")
-    tensorboard: bool = flag(False, "write the metrics for TensorBoard, too, to --output/tensorboard")
+    tasks: list[str] = flag(list(tasks.INVERSIONS),
+                            "inversion tasks to draw from; the paper's three")
+    group_size: int = flag(8, "G, completions per prompt; the paper does not say, the authors' "
+                              "code has 8")
+    prompts_per_step: int = flag(4, "prompts in the global batch, a multiple of the processes; the "
+                                    "paper's batch size")
+    micro_batch_size: int = flag(0, "prompts that a process samples and scores at once, 0 for all; "
+                                    "lower it when memory runs out, the result is the same")
+    beta: float = flag(0.04, "weight of the KL term; the paper does not say, the authors' code has "
+                             "0.04. 0 needs no reference model")
+    learning_rate: float = flag(1e-6, "the authors' code has 1e-6; the paper says 5e-5, fifty "
+                                      "times what full fine-tuning with reinforcement learning "
+                                      "usually takes")
+    loss_type: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; "
+                                  "bnpo: over all tokens of the batch, as in the authors' trainer; "
+                                  "dr_grpo: sum over tokens / --max_tokens, mean")
+    scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: "
+                                     "they are not")
+    num_iterations: int = flag(1, "AdamW steps per rollout; the paper's ratio and the clipping "
+                                  "count from the second on")
+    epsilon: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no "
+                               "more; PPO's usual value")
+    cosine_rewards: bool = flag(False, "pay an inversion task the similarity of its verbs in place "
+                                       "of 0 or 1 (Table 3)")
+    vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: "
+                                "any number, as Eq. 7 is written, by which a list of 50 verbs "
+                                "earns 0.96 on Charades-STA")
+    temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what "
+                                   "was sampled")
+    freeze_vision: bool = flag(False, "leave the vision tower as it is: it then runs once per "
+                                      "video and step")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights (LoRA, alpha 2 * "
+                             "rank, no dropout, --freeze_vision implied), for a fraction of the "
+                             "memory; such as 16, with a --learning_rate ten times as large or "
+                             "more. 0: train all weights")
+    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it "
+                                               "again: about a quarter more time in scoring, for "
+                                               "less memory; same result")
+    eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is "
+                                     "scored during training; training is the same to the bit. "
+                                     "Empty: none")
+    eval_every: int = flag(0, "score every so many steps, 0 for only before the first one and "
+                              "after the last")
+    eval_samples: int = flag(200, "queries of that file, always the same ones, in TVG, VC, AR and "
+                                  "VD, greedily")
+    save_every: int = flag(100, "write a checkpoint every so many steps, 0 for only at the end and "
+                                "when stopped; one takes 12 bytes per weight, 45 GB for the 3B "
+                                "model, and two are kept")
+    resume: bool = flag(False, "continue from the newest checkpoint in --output, or begin where "
+                               "there is none")
+    tensorboard: bool = flag(False,
+                             "write the metrics for TensorBoard, too, to --output/tensorboard")
 
 
 @one_run
 def main(config: Config) -> None:
     rank, world, device = start_process()
     check_flags(config, world)
-    run = Run(config)               # refuses, before anything is loaded, a folder that it cannot go on with
+    run = Run(config)       # refuses, before anything is loaded, a folder that it cannot go on with
     samples, rejected = data.read(config.annotations, config.videos)
     pools = samples_by_task(config, samples)
     held_out = evaluate.HeldOut(config, run.output, run.step)
     policy, reference, encoder = load_models(config, device)
-    learning = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=0.0)
+    optimizer = make_optimizer(policy, config.learning_rate)
     run.restore(policy, optimizer)
     without_verb = len(samples) - min(map(len, pools.values()))
-    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {without_verb} without a verb, "
+    run.announce(f"{len(samples)} samples, {len(rejected)} rejected, {without_verb} without verb, "
                  f"{len(data.missing(samples))} videos missing", rejected)
     loader = Loader(config.total_pixels, config.video_timeout, config.cache, config.cache_gb,
                     config.workers)
@@ -112,8 +129,8 @@ def main(config: Config) -> None:
     def prepare(sample: data.Sample, task: tasks.Task) -> model.Prompt:
         return tasks.prepare(sample, task, encoder, loader)
 
-    batches = Batches(range(run.step, config.steps), config.prompts_per_step, config.seed, rank, world,
-                      choose, prepare, loader)
+    batches = Batches(range(run.step, config.steps), config.prompts_per_step, config.seed, rank,
+                      world, choose, prepare, loader)
     with stop_signals(run.stop), batches:
         held_out.evaluate_if_due(run, policy, encoder, loader)
         for step in run.steps("GRPO"):
@@ -121,14 +138,15 @@ def main(config: Config) -> None:
             rollouts = grpo.rollout(                        # G completions per prompt
                 policy, batch.prompts, config.group_size, batch.generators(), encoder.stop_ids,
                 config.max_tokens, config.temperature, config.micro_batch_size)
-            texts = encoder.decode(rollouts.completions, rollouts.mask)                 # B * G
-            rewards = batch.task.reward(texts, batch.repeated(config.group_size))       # Eq. 5-11
-            totals = torch.tensor([reward.total for reward in rewards]).view(rollouts.mask.shape[:2])
-            advantages = grpo.advantages(totals, scale=config.scale_rewards == "std")   # Eq. 3, (B, G)
-            metrics = grpo.update(                          # AdamW on Eq. 4
+            texts = encoder.decode(rollouts.completions, rollouts.mask)
+            rewards = batch.task.reward(texts, batch.repeated(config.group_size))   # Eq. 5-11
+            totals = torch.tensor([reward.total for reward in rewards])             # (B * G,)
+            advantages = grpo.advantages(                   # Eq. 3, (B, G)
+                totals.view(-1, config.group_size), scale=config.scale_rewards == "std")
+            metrics = grpo.update(                          # AdamW on the loss, Eq. 4
                 policy, reference, optimizer, rollouts, advantages, beta=config.beta,
-                loss_type=config.loss_type, epsilon=config.epsilon, num_iterations=config.num_iterations,
-                max_tokens=config.max_tokens, temperature=config.temperature,
+                loss_type=config.loss_type, epsilon=config.epsilon, max_tokens=config.max_tokens,
+                num_iterations=config.num_iterations, temperature=config.temperature,
                 micro_batch_size=config.micro_batch_size)
             completions = describe(batch, rollouts, texts, rewards, advantages, encoder.stop_ids)
             run.log(step, metrics, batch, completions)
@@ -139,10 +157,12 @@ def main(config: Config) -> None:
 
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "total_pixels", "cache_gb",
+    check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "total_pixels",
+                  "cache_gb",
                   "video_timeout", "workers", "num_iterations", "epsilon", "eval_samples")
     if config.eval_every and not config.eval_annotations:
-        raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of held-out queries, too")
+        raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of "
+                         "held-out queries, too")
     if config.loss_type not in LOSS_TYPES:
         raise ValueError(f"--loss_type {config.loss_type}: choose from {', '.join(LOSS_TYPES)}")
     if config.scale_rewards not in ("std", "none"):
@@ -151,12 +171,14 @@ def check_flags(config: Config, world: int) -> None:
     if unknown or not config.tasks:
         raise ValueError(f"--tasks {' '.join(unknown)}: choose from {' '.join(tasks.INVERSIONS)}")
     if config.group_size < 2:
-        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
+        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and "
+                         "needs at least 2")
     if config.prompts_per_step < 1 or config.prompts_per_step % world:
-        raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the {world} processes")
+        raise ValueError(f"--prompts_per_step {config.prompts_per_step} must be a multiple of the "
+                         f"{world} processes")
     if config.tensorboard:
         check_board()
-    model.check_folder(config.model)
+    lora.check(config.model)
     lora.check_flags(config)
 
 
@@ -168,19 +190,23 @@ def samples_by_task(config: Config, samples: list[data.Sample]) -> dict[str, lis
     pools = {name: tasks.usable(samples, tasks.TASKS[name]) for name in names}
     for name, pool in pools.items():
         if not pool:
-            raise ValueError(f"{config.annotations}: no query with a verb, so no {name}; give --tvg_prob 1")
+            raise ValueError(f"{config.annotations}: no query with a verb, so no {name}; give "
+                             "--tvg_prob 1")
     return pools
 
 
-def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
+def load_models(config: Config,
+                device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
     """(policy, reference or None, encoder), spread over the processes. With adapters one model is both."""
-    frozen_dtype = torch.float32 if device == "cpu" else torch.bfloat16     # of weights that are never updated
+    # of weights that are never updated
+    frozen_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     reference = None
     if config.beta > 0 and not config.lora_rank:
         # loaded on its own and first, so that a process never holds two whole models
         reference, _ = model.load(config.model, dtype=frozen_dtype)
         reference = shard(reference.requires_grad_(False))
-    policy, encoder = model.load(config.model, dtype=frozen_dtype if config.lora_rank else torch.float32,
+    policy, encoder = model.load(config.model,
+                                 dtype=frozen_dtype if config.lora_rank else torch.float32,
                                  lora_rank=config.lora_rank, seed=config.seed)
     if config.freeze_vision:
         policy.qwen.model.visual.requires_grad_(False)
@@ -190,6 +216,13 @@ def load_models(config: Config, device: str) -> tuple[model.Policy, model.Policy
     if config.lora_rank and config.beta > 0:
         reference = policy
     return policy, reference, encoder
+
+
+def make_optimizer(policy: model.Policy, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW of all weights that learn, as the paper has it."""
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                             weight_decay=0.0)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ class Batch:
 
     def generators(self) -> list[torch.Generator]:
         """One per sample; its random numbers follow from the run's seed and the sample's index alone."""
-        seeds = [np.random.SeedSequence([self.seed, each.index]).generate_state(1)[0] for each in self.picked]
+        seeds = [np.random.SeedSequence([self.seed, each.index]).generate_state(1)[0]
+                 for each in self.picked]
         return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
@@ -72,7 +73,8 @@ class Batches:
         share = range(step * self.size + self.rank, (step + 1) * self.size, self.world)
         prepare = partial(self.prepare, task=task)
         with ThreadPoolExecutor(len(self.loader.workers)) as threads:
-            picked = list(threads.map(lambda index: pick(samples, index, self.seed, prepare), share))
+            picked = list(threads.map(lambda index: pick(samples, index, self.seed, prepare),
+                                      share))
         return Batch(task, picked, self.seed)
 
     def next(self) -> Batch:

@@ -35,8 +35,10 @@ from engine.logs import rewind, say
 
 KEPT = 2                # checkpoints, the newest ones
 TENSORS_PER_FILE = 64   # a file is put together in memory
-HIDDEN = ("R1>", "best_window", "event_", "un")     # begin the names of scores that the console has no room for
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # it says so whenever one process works alone
+# begin the names of scores that the console has no room for
+HIDDEN = ("R1>", "best_window", "event_", "un")
+# it says so whenever one process works alone
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 def is_first() -> bool:
@@ -55,7 +57,8 @@ def tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def finished(output: str | Path) -> list[Path]:
     """The whole checkpoints of a run, the newest last."""
-    folders = [path for path in Path(output, "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    folders = [path for path in Path(output, "checkpoints").glob("step_*")
+               if re.fullmatch(r"step_\d+", path.name)]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
@@ -72,14 +75,15 @@ def write(folder: Path, state: dict, policy: nn.Module, optimizer: torch.optim.O
     gather([])              # none has begun to write what is deleted here
     content = tensors(policy, optimizer)
     file_of = {name: 1 + i // TENSORS_PER_FILE for i, name in enumerate(content)}
-    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True, fqn_to_index_mapping=file_of)
+    writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True,
+                                          fqn_to_index_mapping=file_of)
     try:
         dcp.save(content, storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:        # every process gets it, whichever failed
         if is_first():
             discard(unfinished)
-        raise OSError(f"{folder}: could not be written ({cause(error)}); mend that, then go on with --resume from "
-                      f"{newest(output) or 'the beginning'}") from error
+        raise OSError(f"{folder}: could not be written ({cause(error)}); mend that, then go on "
+                      f"with --resume from {newest(output) or 'the beginning'}") from error
     state = {**state, "crc32": checksums(unfinished)}
     if is_first():
         files.write_whole(unfinished / "state.json", json.dumps(state, indent=2) + "\n")
@@ -122,34 +126,39 @@ def restore(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -
     """Fill a policy and its new optimizer from a checkpoint, each process its share. Raises ValueError when the
     checkpoint is not what was written, or not of this model."""
     written, there = json.loads((folder / "state.json").read_text())["crc32"], checksums(folder)
-    changed = [name for name in sorted({**written, **there}) if written.get(name) != there.get(name)]
+    changed = [name for name in sorted({**written, **there})
+               if written.get(name) != there.get(name)]
     if changed:
-        raise ValueError(f"{folder}: {', '.join(changed)} is not as it was written; delete the folder to go on from "
-                         "the one before")
+        raise ValueError(f"{folder}: {', '.join(changed)} is not as it was written; delete the "
+                         "folder to go on from the one before")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
         stored = reader.read_metadata().state_dict_metadata
         for name, parameter in policy.named_parameters():
             if f"{name}.exp_avg" in stored:             # AdamW has none before its first step
-                optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                optimizer.state[parameter] = {"step": torch.zeros(()),
+                                              "exp_avg": torch.zeros_like(parameter),
                                               "exp_avg_sq": torch.zeros_like(parameter)}
-        dcp.load(tensors(policy, optimizer), storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(tensors(policy, optimizer), storage_reader=reader,
+                 no_dist=not dist.is_initialized())
     except (CheckpointException, SafetensorError, OSError) as error:
-        raise ValueError(f"{folder}: does not fit --model or is damaged ({cause(error)}); give the model it was made "
-                         "from, or delete it to go on from the one before") from error
+        raise ValueError(f"{folder}: does not fit --model or is damaged ({cause(error)}); give the "
+                         "model it was made from, or delete it to go on from the one "
+                         "before") from error
 
 
 def read_state(path: Path) -> dict:
     """The state.json of a checkpoint. Raises ValueError, which names it, when it is not what `write` wrote."""
-    kinds = {"step": int, "bad_steps": int, "bad_in_a_row": list, "files": dict, "config": dict, "crc32": dict}
+    kinds = {"step": int, "bad_steps": int, "bad_in_a_row": list, "files": dict, "config": dict,
+             "crc32": dict}
     try:
         state = json.loads(path.read_text())
         wrong = [name for name, kind in kinds.items() if type(state[name]) is not kind]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         wrong = [repr(error)]
     if wrong:
-        raise ValueError(f"{path.parent}: its state.json cannot be used ({', '.join(wrong)}); delete the folder to go "
-                         "on from the one before")
+        raise ValueError(f"{path.parent}: its state.json cannot be used ({', '.join(wrong)}); "
+                         "delete the folder to go on from the one before")
     return state
 
 
@@ -195,14 +204,16 @@ class Evaluations:
             return
         if is_best:
             files.write_whole(new / "evaluation.jsonl", json.dumps(row) + "\n")
-            if best.exists():       # a folder cannot replace another: whenever this is killed, one of them is whole
+            # a folder cannot replace another: whenever this is killed, one of them is whole
+            if best.exists():
                 os.replace(best, old)
             os.replace(new, best)
             shutil.rmtree(old, ignore_errors=True)
         files.append(self.output / "evaluations.jsonl", [row])
         scores = [f"{name} {value:.3g}" for name, value in row.items()
                   if isinstance(value, float) and not name.startswith(HIDDEN)]
-        say(f"after {row['step']} steps, held out: {'  '.join(scores)}{', the best so far' if is_best else ''}")
+        say(f"after {row['step']} steps, held out: "
+            f"{'  '.join(scores)}{', the best so far' if is_best else ''}")
 
 
 def read_lines(path: Path) -> list[dict]:

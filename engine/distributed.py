@@ -32,7 +32,8 @@ def start_process() -> tuple[int, int, str]:
         if device != "cpu":
             torch.cuda.set_device(device)
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(hours=4))    # evaluation meets only at its end
+            # evaluation meets only at its end
+            dist.init_process_group(backend, timeout=timedelta(hours=4))
         elif device != "cpu":
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not dist.is_initialized():
@@ -69,7 +70,8 @@ def mesh() -> DeviceMesh:
         raise ValueError(f"--nproc_per_node differs between nodes ({sorted(set(sizes))}); "
                          "give every node's torchrun the same number")
     if 1 < sizes[0] < world:
-        return init_device_mesh(device, (world // sizes[0], sizes[0]), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device, (world // sizes[0], sizes[0]),
+                                mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(device, (world,))
 
 
@@ -92,8 +94,10 @@ def shard(policy: nn.Module, compute: torch.dtype | None = None) -> nn.Module:
     if frozen:
         policy.to(mesh().device_type)
     for unit in (*policy.qwen.model.language_model.layers, policy.qwen.model.visual, policy):
-        fully_shard(unit, mesh=mesh(), mp_policy=precision, reshard_after_forward=True, ignored_params=frozen or None)
-    for method in policy.FORWARDS:      # so that each gathers the root's weights, as a call of forward would
+        fully_shard(unit, mesh=mesh(), mp_policy=precision, reshard_after_forward=True,
+                    ignored_params=frozen or None)
+    # so that each gathers the root's weights, as a call of forward would
+    for method in policy.FORWARDS:
         register_fsdp_forward_method(policy, method)
     return policy
 
@@ -126,4 +130,5 @@ def gradient_checkpointing(policy: nn.Module) -> nn.Module:
 def recomputed(forward: Callable, *args, **kwargs) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # there is no dropout
+    # there is no dropout
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

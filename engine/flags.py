@@ -26,7 +26,8 @@ from engine.logs import printable, surviving_output
 
 logging.disable_progress_bar()          # transformers' own, for every file that it reads
 TOTAL_PIXELS = 3584 * 28 * 28           # of a whole video, 2.8 M
-LONGEST = {True: 1024, False: 64}       # tokens of a completion with thoughts, the authors' value, and without
+# tokens of a completion with thoughts, the authors' value, and without
+LONGEST = {True: 1024, False: 64}
 
 
 def flag(default: Any, help: str) -> Any:
@@ -39,19 +40,24 @@ def flag(default: Any, help: str) -> Any:
 @dataclass(kw_only=True)
 class VideoFlags:
     """videos"""
-    total_pixels: int = flag(TOTAL_PIXELS, "pixels of all frames of a video, about the paper's 2.8 M")
-    video_timeout: float = flag(60.0, "seconds without progress after which a video counts as unreadable")
+    total_pixels: int = flag(TOTAL_PIXELS,
+                             "pixels of all frames of a video, about the paper's 2.8 M")
+    video_timeout: float = flag(60.0,
+                                "seconds without progress after which a video counts as unreadable")
     workers: int = flag(2, "decoding processes of each process; results do not depend on it")
-    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; empty: none")
-    cache_gb: float = flag(50.0, "size of that folder in GB; beyond it, what was used longest ago is deleted")
+    cache: str = flag("", "folder that keeps decoded frames for later queries, epochs and runs; "
+                          "empty: none")
+    cache_gb: float = flag(50.0, "size of that folder in GB; beyond it, what was used longest ago "
+                                 "is deleted")
 
 
 @dataclass(kw_only=True)
 class AnswerFlags:
     """answers"""
-    think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and the format reward pays, the "
-                             "answer alone")
-    max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without thoughts 64")
+    think: bool = flag(True, "thoughts before the answer; false: prompts ask for, and the format "
+                             "reward pays, the answer alone")
+    max_tokens: int = flag(None, "longest completion; by default 1024, the authors' value, without "
+                                 "thoughts 64")
 
     def __post_init__(self) -> None:
         if self.max_tokens is None:
@@ -64,7 +70,8 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def make_parser(config_class: type, doc: str = "", script: str | None = None) -> argparse.ArgumentParser:
+def make_parser(config_class: type, doc: str = "",
+                script: str | None = None) -> argparse.ArgumentParser:
     """A parser of a Config's flags: the required ones first, the others in groups, one per class that declares them."""
     parser = argparse.ArgumentParser(
         script, description=doc.split("\n\n")[0], allow_abbrev=False,
@@ -73,7 +80,8 @@ def make_parser(config_class: type, doc: str = "", script: str | None = None) ->
     groups = {}
     for field in dataclasses.fields(config_class):
         required = field.default is MISSING and field.default_factory is MISSING
-        owner = next(each for each in config_class.__mro__ if field.name in vars(each).get("__annotations__", ()))
+        owner = next(each for each in config_class.__mro__
+                     if field.name in vars(each).get("__annotations__", ()))
         title = "required" if required else owner.__doc__
         options = {"required": True} if required else {"default": field.default}
         if field.default_factory is not MISSING:
@@ -89,7 +97,8 @@ def make_parser(config_class: type, doc: str = "", script: str | None = None) ->
         group = parser.add_argument_group(title)
         for field, options in groups[title]:
             options.setdefault("metavar", field.name.upper())
-            group.add_argument(f"--{field.name}", help=field.metadata["help"].replace("%", "%%"), **options)
+            group.add_argument(f"--{field.name}", help=field.metadata["help"].replace("%", "%%"),
+                               **options)
     return parser
 
 
@@ -114,7 +123,8 @@ def command_line(config_class: type, main: Callable, doc: str) -> None:
         try:
             main(parse(config_class, sys.argv[1:], doc))
         except (ValueError, OSError, RuntimeError) as error:
-            lost = isinstance(error, RuntimeError) and "onnection " in str(error) and dist.is_initialized()
+            lost = isinstance(error,
+                              RuntimeError) and "onnection " in str(error) and dist.is_initialized()
             bug = isinstance(error, RuntimeError) and not lost
             if os.environ.get("TRACEBACK") or bug:
                 raise
@@ -125,8 +135,8 @@ def command_line(config_class: type, main: Callable, doc: str) -> None:
             print(f"{script}: {message}  (TRACEBACK=1 shows where)", file=sys.stderr)
             sys.exit(1 if lost else 2)
         except KeyboardInterrupt:
-            print(f"\n{script}: stopped; the same command, with --resume where the script has it, goes on",
-                  file=sys.stderr, flush=True)
+            print(f"\n{script}: stopped; the same command, with --resume where the script has it, "
+                  "goes on", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(130)       # threads that decode are not waited for
         except SystemExit as stopped:

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from engine import files
 
-BY_TASK = ("reward", "format", "tokens", "truncated", "flat", "verbs_said")     # and the task's own part of the reward
-ON_CONSOLE = ("kl", "tokens", "seconds")    # behind the reward and its parts; all metrics are in metrics.jsonl
+# and the task's own part of the reward
+BY_TASK = ("reward", "format", "tokens", "truncated", "flat", "verbs_said")
+# behind the reward and its parts; all metrics are in metrics.jsonl
+ON_CONSOLE = ("kl", "tokens", "seconds")
 
 
 class Survivor:
@@ -87,7 +89,8 @@ def rewind(path: str | Path, step: int, gaps: bool = False) -> None:
         kept.append(line)
         last = written
     if last < step - 1 and not gaps:
-        say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is behind")
+        say(f"{path}: has no lines of steps {last + 1} to {step - 1}, which the checkpoint is "
+            "behind")
     files.write_whole(path, "".join(kept))
 
 
@@ -98,13 +101,14 @@ def describe(batch: Any, rollouts: Any, texts: list[str], rewards: list, advanta
     mean_logprobs = (rollouts.logprobs.sum(-1) / lengths).flatten().tolist()
     last_tokens = rollouts.completions.gather(-1, lengths[..., None] - 1).flatten().tolist()
     group_size, rows = lengths.shape[1], []
-    columns = zip(texts, rewards, advantages.flatten().tolist(), lengths.flatten().tolist(), mean_logprobs,
-                  last_tokens, strict=True)
+    columns = zip(texts, rewards, advantages.flatten().tolist(), lengths.flatten().tolist(),
+                  mean_logprobs, last_tokens, strict=True)
     for i, (text, reward, advantage, length, logprob, last_token) in enumerate(columns):
         picked = batch.picked[i // group_size]
-        rows.append({"index": picked.index, "id": picked.sample.id, "query": picked.sample.query, "completion": text,
-                     "reward": reward.total, **reward.parts, **reward.info, "advantage": advantage, "tokens": length,
-                     "logprob": logprob, "truncated": last_token not in stop_ids})
+        rows.append({"index": picked.index, "id": picked.sample.id, "query": picked.sample.query,
+                     "completion": text,
+                     "reward": reward.total, **reward.parts, **reward.info, "advantage": advantage,
+                     "tokens": length, "logprob": logprob, "truncated": last_token not in stop_ids})
     return rows
 
 
@@ -171,7 +175,8 @@ def short(metrics: dict) -> str:
         return f"{name} {value:.3g}" if isinstance(value, (int, float)) else f"{name} -"
 
     rewards = f"{shown('reward')} = {shown('format')} + {shown(metrics['part'])}"
-    return f"step {metrics['step']}  {metrics['task']:3}  {rewards}  {'  '.join(map(shown, ON_CONSOLE))}"
+    others = "  ".join(map(shown, ON_CONSOLE))
+    return f"step {metrics['step']}  {metrics['task']:3}  {rewards}  {others}"
 
 
 def check_board() -> None:

@@ -1,55 +1,40 @@
-"""Checks of a Hugging Face model folder that need no model: a fraction of a second, before anything large is built.
+"""Model folders in Hugging Face's form: found by their path or their name on the hub, checked, and written whole.
 
-Every error is a ModelError of one line that names the file and the way out. Checked are
+transformers reads them: safetensors only, and no code that comes with a folder. Whatever it raises becomes a ModelError
+of one line that names the folder and the way out. What it would accept, though the model would then be another one
+than the folder's name says, is refused here before anything large is built:
 
-- that files are files (a fifo would be waited for without end) and no text among them is larger than TEXT_LIMIT;
-- config.json: a Qwen2.5-VL that tells its sizes, is not quantised, and asks for nothing that transformers lacks;
-- the headers of the *.safetensors files: whole, inside the folder, of floating-point numbers;
-- the chat template, by rendering it once. It is a program of somebody else's, so it first runs in a process of its own
-  with a limit of time and memory.
+- a config.json that is not that of a Qwen2.5-VL, that leaves the sizes to transformers' defaults (72 billion weights),
+  or that says that the weights are quantised;
+- weights that are no floating-point numbers;
+- tokenizer files that are missing, which transformers would replace by a tokenizer without a vocabulary;
+- a chat template that leaves out the text or the video, or that begins the model's thought itself.
 """
 import json
-import subprocess
-import sys
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
-from transformers import Qwen2_5_VLConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
-TEXT_LIMIT = 2 ** 27            # bytes; Qwen2.5-VL's largest, tokenizer.json, has 11 million
-FLOATS = {"F64", "F32", "F16", "BF16"}                                          # as safetensors calls them
-ROPES = {"default", "mrope", *ROPE_INIT_FUNCTIONS}
-TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-VISION_SIZES = ("hidden_size", "intermediate_size", "depth", "num_heads", "out_hidden_size")
+FLOATS = {"F64", "F32", "F16", "BF16"}          # as safetensors calls them
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"          # of weights in several files
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+CONFIGS = ["config.json", "adapter_config.json"]
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 QUERY = "When does it happen?"
-SECONDS, MEMORY, LETTERS = 10, 2 ** 30, 10 ** 6         # that rendering a template may take; it takes 0.001 s
-TRIAL = f"""                    # what transformers renders with, as far as it matters for whether rendering ends
-import json, sys
-from datetime import datetime
-template, chat, sys.path[:] = json.load(sys.stdin)
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-except (ImportError, ValueError, OSError):
-    pass                        # not on this system
-import jinja2.sandbox
-environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-try:
-    text = environment.from_string(template).render(messages=chat, add_generation_prompt=True)
-    sys.exit("it writes millions of letters" if len(text) > {LETTERS} else 0)
-except (MemoryError, OverflowError):
-    sys.exit("it needs more than {MEMORY // 2 ** 20} MB of memory")
-except Exception:
-    pass                        # transformers will say it better
-"""
+VIDEO = "<|video_pad|>"
 
 
 class ModelError(ValueError):
@@ -57,158 +42,167 @@ class ModelError(ValueError):
 
 
 def brief(error: Exception) -> str:
-    """An error's message in one line; its kind where the message alone, such as a key, says too little."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, (OSError, ValueError, RuntimeError)) and said else \
-        f"{type(error).__name__} {said}".strip()
+    """An error's message in one short line; its kind where the message alone, such as a key, says too little."""
+    message = textwrap.shorten(str(error), 300, placeholder="...")
+    if message and isinstance(error, (OSError, ValueError, RuntimeError)):
+        return message
+    return f"{type(error).__name__} {message}".strip()
 
 
-def check_folder(folder: str) -> None:
-    """Raise ModelError unless `folder` looks like a Qwen2.5-VL folder with config.json, tokenizer, chat template and
-    whole weights."""
-    check_config(folder)
-    for path in Path(folder).iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.exists():
-            check_file(path, TEXT_LIMIT)
-    check_weights(folder)
-    read_json(folder, "tokenizer.json", "copy the tokenizer*.json files again")
-    check_template(folder, read_json(folder, "tokenizer_config.json", "copy the tokenizer*.json files again"))
-
-
-def check_file(path: Path, limit: float = float("inf")) -> None:
-    """Raise ModelError where reading `path` would not end, or only at `limit` bytes; OSError where it is not there."""
-    if not path.is_file():
-        path.stat()                             # says what is wrong with the path
-        raise ModelError(f"{path.parent}: its {path.name} is not a regular file; put the file itself there")
-    if path.stat().st_size > limit:
-        raise ModelError(f"{path.parent}: its {path.name} has {path.stat().st_size} bytes, which no such file has "
-                         f"(at most {limit}); copy it again")
-
-
-def read_json(folder: str, name: str, way_out: str) -> dict:
-    """The object in a JSON file of the folder. Raises ModelError."""
+@contextmanager
+def one_line(folder: str | Path, problem: str, way_out: str) -> Iterator[None]:
+    """Turn whatever is raised within into a ModelError of one line. transformers, torch, peft and templates raise any
+    Exception for a file in another form than they expect."""
     try:
-        check_file(Path(folder) / name, TEXT_LIMIT)
-        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError("it is not a JSON object")
+        yield
     except ModelError:
         raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{folder}: its {name} cannot be read ({error}); {way_out}") from error
-    return found
-
-
-def check_config(folder: str) -> None:
-    """Raise ModelError unless `folder` has the config.json of a Qwen2.5-VL that can be built."""
-    try:
-        config = read_json(folder, "config.json", "give --model a folder with config.json, *.safetensors and "
-                                                  "tokenizer.json")
-    except ModelError as error:
-        raise ModelError(str(error).replace(f"{folder}: its", f"{folder}: not a model folder, its", 1)) from error
-    wrong = lambda what: ModelError(f"{folder}: its config.json {what}")
-    if (kind := config.get("model_type")) != "qwen2_5_vl":
-        raise ModelError(f"{folder}: not a model folder of its kind, model_type in config.json is {kind!r}, not "
-                         "'qwen2_5_vl'; give --model a Qwen2.5-VL folder")
-    text = config if config.get("text_config") is None else config["text_config"]   # null: flat, as first published
-    vision = config.get("vision_config")
-    for part, name, sizes in ((text, "text_config", TEXT_SIZES), (vision, "vision_config", VISION_SIZES)):
-        # transformers leaves out what equals its defaults, but without any it would build a model of 72 billion weights
-        if not isinstance(part, dict) or not part.keys() & set(sizes):
-            raise wrong(f"does not tell the model's sizes ({name} is empty or missing); copy it again")
-        for size in sizes:
-            if size in part and (type(part[size]) is not int or part[size] < 1):
-                raise wrong(f"says {size} {part[size]!r} ({name}), which is no size; copy it again")
-        if (act := part.get("hidden_act", "silu")) not in list(ACT2FN):
-            raise wrong(f"asks for the activation function {act!r} ({name}), which transformers lacks; copy it again")
-    for part in (config, text):
-        if part.get("quantization_config") is not None:
-            how = part["quantization_config"]
-            how = how.get("quant_method", "?") if isinstance(how, dict) else how
-            raise wrong(f"says that the weights are quantised ({how}), which cannot be trained here; give --model the "
-                        "folder in bf16 or fp32 that it was made from")
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = part.get(key) or {}
-            kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-            if kind not in list(ROPES):
-                raise wrong(f"asks for rotary positions of type {kind!r} ({key}), which transformers lacks; copy it "
-                            "again")
-    try:
-        Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:          # it raises whatever its fields' types raise
-        raise wrong(f"cannot be used ({brief(error)}); copy it again") from error
-
-
-def check_weights(folder: str) -> None:
-    """Raise ModelError unless the headers of the *.safetensors files tell of floating-point numbers."""
-    index, names, kinds = Path(folder) / "model.safetensors.index.json", {"model.safetensors"}, set()
-    if index.exists():
-        found = read_json(folder, index.name, "copy it again").get("weight_map")
-        if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-            raise ModelError(f"{folder}: its {index.name} names no files of weights (weight_map); copy it again")
-        names = set(found.values())
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelError(f"{folder}: its {index.name} names {name!r}, which is no *.safetensors file of this "
-                             "folder; copy it again")
-        try:
-            check_file(Path(folder) / name)
-            with safe_open(Path(folder) / name, "pt") as file:              # the header must fit the file's size
-                of_file = {file.get_slice(weight).get_dtype() for weight in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder}: its {name} cannot be read ({error}); copy the *.safetensors files again") \
-                from error
-        if odd := sorted(of_file - FLOATS):
-            raise ModelError(f"{folder}: its {name} has quantised weights ({', '.join(odd)}); give --model the folder "
-                             "in bf16 or fp32 that it was made from")
-        kinds |= of_file
-    if not kinds:
-        raise ModelError(f"{folder}: its *.safetensors files hold no weights; copy them again")
-
-
-def check_template(folder: str, tokenizer: dict) -> None:
-    """Raise ModelError unless the chat template, in a file of its own or in tokenizer_config.json, makes a prompt of a
-    text and a video, with the answer left to the model."""
-    path, name = Path(folder) / "chat_template.jinja", "tokenizer_config.json"
-    template = tokenizer.get("chat_template")
-    if isinstance(template, list):      # several by name
-        template = next((each.get("template") for each in template
-                         if isinstance(each, dict) and each.get("name") == "default"), None)
-    if path.exists():
-        name = path.name
-        try:
-            template = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{folder}: its {name} cannot be read ({error}); copy it again") from error
-    if not isinstance(template, str) or not template.strip():
-        if (Path(folder) / "chat_template.json").exists():
-            raise ModelError(f"{folder}: its chat template is in chat_template.json only, which no tokenizer reads; "
-                             "write the text that is in it to chat_template.jinja")
-        raise ModelError(f"{folder}: its {name} has no chat template; copy chat_template.jinja, too")
-    text, error = render(template)
-    if not error and text.count("<|video_pad|>") != 1:
-        error = f"it makes {text.count('<|video_pad|>')} <|video_pad|> of one video"
-    elif not error and text.count(QUERY) != 1:
-        error = f"the text stands in it {text.count(QUERY)} times"
-    if error:
-        raise ModelError(f"{folder}: the chat template in its {name} makes no prompt of a text and a video ({error}); "
-                         "copy that of a Qwen2.5-VL folder")
-    if "<think>" in text.partition(QUERY)[2]:
-        raise ModelError(f"{folder}: the chat template in its {name} writes <think> itself, so no answer would have it "
-                         "and the format reward would be 0; delete <think> from the template's end")
+    except Exception as error:
+        raise ModelError(f"{folder}: {problem} ({brief(error)}); {way_out}") from error
 
 
 @lru_cache
-def render(template: str) -> tuple[str, str]:
-    """(a chat of one text and one video, what went wrong): one of the two is empty."""
-    chat = [{"role": "user", "content": [{"type": "text", "text": QUERY}, {"type": "video"}]}]
+def local_folder(name: str, config_only: bool = False) -> str:
+    """The folder of the model `name`, which is a path, or a name on the Hugging Face hub: org/name or
+    org/name@revision. The model of such a name is in the Hugging Face cache; what the cache lacks is downloaded, with
+    `config_only` no more than the config. Raises ModelError when it cannot be downloaded."""
+    hub_name = HUB_NAME.fullmatch(name)
+    if hub_name is None or os.path.exists(os.path.dirname(name)):
+        return name                     # a path, perhaps misspelt
+    repository, revision = hub_name.groups()
+    with suppress(LocalEntryNotFoundError, HFValidationError, ModelError):
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=DOWNLOADED, local_files_only=True)
+        if is_whole(folder):
+            return folder
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bars()     # the first process shows them; the others wait for its files
+    command = f"hf download {repository}"
+    if revision:
+        command += f" --revision {revision}"
+    problem = ("there is no such folder, the Hugging Face cache has not all of its files, and they "
+               "cannot be downloaded")
+    with one_line(name, problem, f"where there is a network, get them: {command}"):
+        return snapshot_download(
+            repository, revision=revision, allow_patterns=CONFIGS if config_only else DOWNLOADED)
+
+
+def is_whole(folder: str) -> bool:
+    """Whether weights, config and tokenizer are all there: a download that broke leaves a folder with some of them."""
+    files = [*weight_files(folder), *(Path(folder, name) for name in ("config.json", *TOKENIZER))]
+    return all(path.exists() for path in files)
+
+
+def weight_files(folder: str) -> list[Path]:
+    """The files that hold a model's weights: those that its index names, or else model.safetensors."""
+    names = [WEIGHTS]
+    if Path(folder, INDEX).exists():
+        names = read_json(folder, INDEX).get("weight_map", {}).values()
+    return [Path(folder, name) for name in sorted(set(names))]
+
+
+def read_json(folder: str | Path, name: str) -> dict:
+    """The object in a JSON file of the folder. Raises ModelError."""
+    with one_line(folder, f"its {name} cannot be read", "copy it again"):
+        values = json.loads(Path(folder, name).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        return values
+
+
+def check(folder: str) -> None:
+    """Raise ModelError unless `folder` has the config.json, weights, tokenizer and chat template of a Qwen2.5-VL. Takes
+    a second and little memory. lora.check calls it, and checks adapters, too."""
+    read_config(folder)
+    for path in weight_files(folder):
+        check_weights(path)
+    load_tokenizer(folder)
+
+
+def read_config(folder: str) -> Qwen2_5_VLConfig:
+    """The config of a Qwen2.5-VL folder. Raises ModelError."""
+    way_out = "give --model the folder of a Qwen2.5-VL in bf16 or fp32"
+    with one_line(folder, "not a model folder that can be used", way_out):
+        values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        if values.get("model_type") != "qwen2_5_vl":
+            raise ValueError(f"its config.json says model_type {values.get('model_type')!r}")
+        text = values.get("text_config") or values      # absent as first published
+        vision = values.get("vision_config") or {}
+        if "hidden_size" not in text or "hidden_size" not in vision:
+            raise ValueError("its config.json does not tell the model's sizes")
+        if values.get("quantization_config") or text.get("quantization_config"):
+            raise ValueError("its config.json says that the weights are quantised")
+        return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+
+
+def check_weights(path: Path) -> None:
+    """Raise ModelError unless the header of a safetensors file fits the file's size and tells of floating-point
+    numbers."""
+    with one_line(path.parent, f"its {path.name} cannot be used", "copy it again, in bf16 or fp32"):
+        with safe_open(path, "pt") as file:
+            types = {file.get_slice(name).get_dtype() for name in file.keys()}
+        if types - FLOATS:
+            raise ValueError(f"quantised weights: {', '.join(sorted(types - FLOATS))}")
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a chat template that makes prompts. Raises ModelError."""
+    way_out = "copy the tokenizer*.json files again"
+    with one_line(folder, "its tokenizer cannot be read", way_out):
+        for name in TOKENIZER:
+            Path(folder, name).stat()           # transformers would go on without
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True)
+    check_template(folder, tokenizer)
+    return tokenizer
+
+
+def check_template(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError unless the chat template makes a prompt of a text and a video, with the whole answer left to the
+    model."""
+    content = [{"type": "text", "text": QUERY}, {"type": "video"}]
+    problem = "its chat template cannot be used"
+    with one_line(folder, problem, "copy chat_template.jinja of a Qwen2.5-VL folder"):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        for text in (QUERY, VIDEO):
+            if prompt.count(text) != 1:
+                raise ValueError(f"it makes {prompt.count(text)} {text!r} of one")
+        if "<think>" in prompt.partition(QUERY)[2]:
+            raise ValueError("it writes <think> itself, so no answer would have it and the format "
+                             "reward would be 0")
+
+
+@contextmanager
+def replaced(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, to be filled in the with statement; at its end it takes the place of `folder`.
+    Whenever the process is killed, the new folder or the previous one is whole. Raises OSError, and leaves `folder` as
+    it was, when the new one cannot be written."""
+    folder = Path(folder)
+    unfinished = folder.with_name(folder.name + ".tmp")
+    previous = folder.with_name(folder.name + ".old")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        tried = subprocess.run([sys.executable, "-I", "-c", TRIAL], input=json.dumps([template, chat, sys.path]),
-                               capture_output=True, text=True, timeout=SECONDS)
-        if tried.returncode:
-            return "", (tried.stderr.splitlines() or [f"it ended with {tried.returncode}"])[-1]
-        return render_jinja_template([chat], chat_template=template, add_generation_prompt=True)[0][0], ""
-    except subprocess.TimeoutExpired:
-        return "", f"it is not done in {SECONDS} s"
-    except Exception as error:          # a template can raise anything
-        return "", brief(error)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in unfinished.iterdir():
+            path.chmod(0o644)           # safetensors writes 0600: nobody else could read it
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{folder}: could not be written ({error})") from error
+    if folder.exists():                 # os.replace does not put a folder in the place of another
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
+    os.replace(unfinished, folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def copy_texts(source: str | Path, folder: Path, with_config: bool) -> None:
+    """Copy a model folder's own json and jinja files and merges.txt. Older versions of transformers read these, not
+    those that transformers 5 writes. Beside adapters there is no config.json, or transformers would look for whole
+    weights there."""
+    left_out = [INDEX] if with_config else [INDEX, "config.json"]
+    for path in Path(source).iterdir():
+        is_text = path.suffix in (".json", ".jinja") or path.name == "merges.txt"
+        if is_text and path.name not in left_out:
+            shutil.copy(path, folder)

@@ -24,10 +24,12 @@ from engine.logs import Logs, say, summarise
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 LOCK = "in_use"         # the file in --output that a run holds
-MAX_BAD_STEPS = 10      # steps in a row with a loss, reward or gradient that is not finite, after which a run ends
-MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_timeout", "workers", "steps", "save_every", "resume",
-              "micro_batch_size", "learning_rate", "gradient_checkpointing", "eval_every",
-              "tensorboard"}        # flags that a resumed run may give another value
+# steps in a row with a loss, reward or gradient that is not finite, after which a run ends
+MAX_BAD_STEPS = 10
+# flags that a resumed run may give another value
+MAY_CHANGE = {"output", "videos", "cache", "cache_gb", "video_timeout", "workers", "steps",
+              "save_every", "resume", "micro_batch_size", "learning_rate",
+              "gradient_checkpointing", "eval_every", "tensorboard"}
 
 
 class Run:
@@ -41,31 +43,35 @@ class Run:
         self.rank, self.world, _ = start_process()
         self.step = 0                                       # the next one
         self.bad_steps, self.bad_in_a_row = 0, []           # steps that changed nothing
-        self.stop = threading.Event()                       # a signal of STOPPING came: see stop_signals
-        is_occupied, self.start = gather([(occupied(self.output), checkpoint.newest(self.output))])[0]
+        self.stop = threading.Event()               # a signal of STOPPING came: see stop_signals
+        is_occupied, self.start = gather([(occupied(self.output),
+                                           checkpoint.newest(self.output))])[0]
         if is_occupied and not config.resume:
-            raise ValueError(f"--output {self.output} is not empty; give --resume to continue the run in it, or "
-                             "another folder")
+            raise ValueError(f"--output {self.output} is not empty; give --resume to continue the "
+                             "run in it, or another folder")
         inputs = [Path(config.annotations), *lora.files(config.model, "*.safetensors")]
         stats = {path.name: path.stat() for path in inputs if path.exists()}
         self.files = {name: [stat.st_size, int(stat.st_mtime)] for name, stat in stats.items()}
         if self.start:
             self.continue_from(checkpoint.read_state(self.start / "state.json"))
         elif (self.output / "model").exists():
-            raise ValueError(f"--output {self.output} holds a finished run without a checkpoint to go on from; give "
-                             "another folder, or delete it to begin anew")
+            raise ValueError(f"--output {self.output} holds a finished run without a checkpoint to "
+                             "go on from; give another folder, or delete it to begin anew")
         elif (self.output / "config.json").is_file():       # killed before its first checkpoint
             self.compare(self.output, files.read_config(self.output / "config.json"))
 
     def continue_from(self, state: dict) -> None:
         """Take the counters of a checkpoint's state. Raises ValueError when it was made with other flags."""
-        self.step, self.bad_steps, self.bad_in_a_row = (state[key] for key in ("step", "bad_steps", "bad_in_a_row"))
+        self.step, self.bad_steps, self.bad_in_a_row = (state[key] for key in ("step", "bad_steps",
+                                                                               "bad_in_a_row"))
         self.compare(self.start, state["config"])
         for name in self.files:
             if state["files"].get(name) != self.files[name]:
-                self.notes.append(f"{name} has another size or date than when {self.start} was made: is it the same?")
+                self.notes.append(f"{name} has another size or date than when {self.start} was "
+                                  "made: is it the same?")
         if self.step >= self.config.steps:
-            self.notes.append(f"{self.start} has done --steps {self.config.steps}: only model/ is written")
+            self.notes.append(f"{self.start} has done --steps {self.config.steps}: only model/ is "
+                              "written")
 
     def compare(self, place: Path, before: dict) -> None:
         """Raise ValueError unless the run in `place`, with the config `before`, is this one."""
@@ -76,15 +82,17 @@ class Run:
                              f"{' --'.join(other_flags)}); give another --output")
         for name in files.changed_flags(now, before):
             if name not in MAY_CHANGE:
-                raise ValueError(f"--{name} {now[name]}: {place} was made with {before[name]}; give the same flag to "
-                                 "--resume, or start in another --output")
+                raise ValueError(f"--{name} {now[name]}: {place} was made with {before[name]}; "
+                                 "give the same flag to --resume, or start in another --output")
             if name != "resume":
-                self.notes.append(f"--{name} was {before[name]}, is {now[name]} from step {self.step} on")
+                self.notes.append(f"--{name} was {before[name]}, is {now[name]} from step "
+                                  f"{self.step} on")
 
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Fill them from the checkpoint that the run goes on from, if any."""
         self.policy, self.optimizer = policy, optimizer     # what save_if_due writes
-        self.logs = Logs(self.output, self.rank, self.step, getattr(self.config, "tensorboard", False))
+        self.logs = Logs(self.output, self.rank, self.step,
+                         getattr(self.config, "tensorboard", False))
         if self.start:
             checkpoint.restore(self.start, policy, optimizer)
 
@@ -100,8 +108,8 @@ class Run:
 
     def steps(self, title: str) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
-        self.bar = tqdm(range(self.step, self.config.steps), title, initial=self.step, total=self.config.steps,
-                        disable=self.rank > 0, dynamic_ncols=True)
+        self.bar = tqdm(range(self.step, self.config.steps), title, initial=self.step,
+                        total=self.config.steps, disable=self.rank > 0, dynamic_ncols=True)
         for step in self.bar:
             self.began = time.perf_counter()
             yield step
@@ -113,14 +121,15 @@ class Run:
         bad_videos = gather([str(error) for picked in batch.picked for error in picked.errors])
         if rows:
             task = batch.task
-            metrics = {"task": task.name, "part": task.part, **summarise(task.part, rows), **metrics}
+            metrics = {"task": task.name, "part": task.part, **summarise(task.part, rows),
+                       **metrics}
         else:
             self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         bad = files.not_finite(metrics)
         if bad:
             self.bad_steps += 1
             self.bad_in_a_row.append(f"{' and '.join(bad)} in step {step}")
-        elif metrics["loss"] is not None:       # a step that is left out because its groups are flat proves nothing
+        elif metrics["loss"] is not None:       # None: a flat batch, which proves nothing
             self.bad_in_a_row = []
         learning_rate = self.optimizer.param_groups[0]["lr"]
         metrics = {"step": step, **metrics, "bad_steps": self.bad_steps, "lr": learning_rate}
@@ -138,15 +147,17 @@ class Run:
             newest = checkpoint.newest(self.output)
             advice = "There is no checkpoint yet; try a lower --learning_rate"
             if newest:
-                advice = (f"Go back to {newest} with --resume and a lower --learning_rate, or further by deleting it")
-            raise ValueError(f"not finite: {', '.join(self.bad_in_a_row)}; that is {MAX_BAD_STEPS} steps in a row. "
-                             f"{advice}")
+                advice = (f"Go back to {newest} with --resume and a lower --learning_rate, or "
+                          "further by deleting it")
+            raise ValueError(f"not finite: {', '.join(self.bad_in_a_row)}; that is {MAX_BAD_STEPS} "
+                             f"steps in a row. {advice}")
         stopping = any(gather([self.stop.is_set()]))
         every = self.config.save_every
         # none on the way through bad steps, so that the newest one is from before the trouble
         is_due = every > 0 and self.step % every == 0 and not self.bad_in_a_row
         if is_due or stopping or self.step == self.config.steps:
-            state = {"step": self.step, "bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row,
+            state = {"step": self.step, "bad_steps": self.bad_steps,
+                     "bad_in_a_row": self.bad_in_a_row,
                      "files": self.files, "config": asdict(self.config)}
             folder = self.output / "checkpoints" / f"step_{self.step:06d}"
             checkpoint.write(folder, state, self.policy, self.optimizer)
@@ -174,7 +185,8 @@ def one_run(main: Callable) -> Callable:
 @contextmanager
 def lock(folder: Path, rank: int) -> Iterator[str | None]:
     """Hold the lock of a folder, or say why not. It leaves no file, and no folder in which nothing was written."""
-    if rank > 0 or folder.exists() and not folder.is_dir():     # the script says what is wrong with a file
+    # the script says what is wrong with a file
+    if rank > 0 or folder.exists() and not folder.is_dir():
         yield None
         return
     path, problem = folder / LOCK, None
@@ -185,15 +197,17 @@ def lock(folder: Path, rank: int) -> Iterator[str | None]:
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 raise BlockingIOError       # its holder has just ended and deleted it
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, {Path(sys.argv[0]).name} since "
-                       f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, {Path(sys.argv[0]).name} "
+                       f"since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "a process that is just ending"
-            problem = f"--output {folder} is in use by {holder}; give another folder, or wait until it has ended"
+            problem = (f"--output {folder} is in use by {holder}; give another folder, or wait "
+                       "until it has ended")
         except OSError as error:            # a disk without locks
-            say(f"{folder}: cannot be locked ({error.strerror}), so make sure that no other run writes to it")
+            say(f"{folder}: cannot be locked ({error.strerror}), so make sure that no other run "
+                "writes to it")
         try:
             yield problem
         finally:
@@ -213,10 +227,10 @@ def occupied(folder: str | Path) -> bool:
 
 @contextmanager
 def stop_signals(stop: threading.Event) -> Iterator[None]:
-    """Within it STOPPING signals set the event `stop`, so that a run can end after its step: SIGTERM, Ctrl-C, a closed terminal (but
-    not under nohup), a scheduler's warning. Another signal ends the process at once, unless it comes within two
-    seconds: torchrun and a scheduler may both pass on the same one. Only in a main thread, where Python allows it;
-    afterwards signals do what they did before."""
+    """Within it, signals of STOPPING set the event `stop`, so that a run can end after its step: SIGTERM, Ctrl-C, a
+    closed terminal (but not under nohup), a scheduler's warning. A second signal ends the process at once, unless it
+    comes within two seconds: torchrun and a scheduler may both pass on the same one. Only in a main thread, where
+    Python allows it; afterwards signals do what they did before."""
     first = None
 
     def handle(number, frame):
@@ -226,7 +240,8 @@ def stop_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if first is None and os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step, with a checkpoint for --resume; a second signal ends it now\n")
+            os.write(2, b"\nstopping after this step, with a checkpoint for --resume; a second "
+                        b"signal ends it now\n")
         first = now if first is None else first
         stop.set()
 

@@ -24,18 +24,20 @@ from torch import Tensor, nn
 from engine.attention import Packed
 
 
-def draw_token(logits: Float[Tensor, "rows V"], uniform: Float[Tensor, " rows"] | None) -> Int[Tensor, " rows"]:
+def draw_token(logits: Float[Tensor, "rows V"],
+               uniform: Float[Tensor, " rows"] | None) -> Int[Tensor, " rows"]:
     """One token per row: the inverse of the cumulated softmax at `uniform`, in [0, 1), so that a row's token depends on
     that row's random number only; the likeliest token where `uniform` is None."""
     if uniform is None:
         return logits.argmax(-1)
-    cumulated = logits.double().softmax(-1).cumsum(-1)                              # (rows, V)
+    cumulated = logits.double().softmax(-1).cumsum(-1)              # (rows, V)
     threshold = uniform[:, None].double() * cumulated[:, -1:]
     token = torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
     return token.clamp(max=logits.shape[-1] - 1)            # V where logits are not numbers
 
 
-def rows_to_keep(running: Bool[Tensor, "B R"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " rows"]] | None:
+def rows_to_keep(running: Bool[Tensor, "B R"],
+                 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " rows"]] | None:
     """(prompts, rows among all B * R) that go on: the prompts with a running row, and of each of them as many rows as
     the prompt with the most running rows needs. None while more than 3/4 of the rows would stay, since dropping rows
     copies keys and values."""
@@ -45,14 +47,16 @@ def rows_to_keep(running: Bool[Tensor, "B R"]) -> tuple[Int[Tensor, " kept"], In
     if len(kept) * rows_per_prompt > 0.75 * running.numel():
         return None
     running_first = running[kept].long().argsort(dim=1, descending=True, stable=True)
-    rows = running_first[:, :rows_per_prompt] + kept[:, None] * running.shape[1]    # (kept, rows per prompt)
+    # (kept, rows per prompt)
+    rows = running_first[:, :rows_per_prompt] + kept[:, None] * running.shape[1]
     return kept, rows.flatten()
 
 
 class Decoding:
     """The state of B prompts with R rows of completions each. A call goes on by one token per row."""
 
-    def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " n"], max_tokens: int):
+    def __init__(self, decoder: nn.Module, packed: Packed, rows: int, start: Int[Tensor, " n"],
+                 max_tokens: int):
         """`decoder` is transformers' language model. `packed` kept the prompts' keys and values, and gives them up.
         `rows` is R, `start` the first position behind each row's prompt, `max_tokens` the most new tokens per row."""
         self.decoder = decoder
@@ -64,16 +68,16 @@ class Decoding:
         first_keys = packed.kept[0][0]                              # (1, k, N, d)
         _, self.key_heads, _, d = first_keys.shape
         # Each layer's keys and values of the rows, in the order (B, k, R), with room for all tokens
-        self.own = first_keys.new_zeros(
-            len(self.layers), 2, len(start) * self.key_heads, max_tokens, d)        # (layers, 2, B k R, T, d)
+        self.own = first_keys.new_zeros(                            # (layers, 2, B k R, T, d)
+            len(self.layers), 2, len(start) * self.key_heads, max_tokens, d)
         self.prompts = []                                           # per layer (2, B, k, P, d)
         for layer in range(len(self.layers)):
             keys, values = packed.kept.pop(layer)
             padded = [by_prompt(x, packed.prompts) for x in (keys, values)]
             self.prompts.append(torch.stack(padded))
         lengths = torch.tensor(packed.prompts)
-        is_padding = torch.arange(int(lengths.max())) >= lengths[:, None]           # (B, P)
-        self.bias = None                                            # added to products of queries and keys
+        is_padding = torch.arange(int(lengths.max())) >= lengths[:, None]  # (B, P)
+        self.bias = None                                    # added to products of queries and keys
         if is_padding.any():
             self.bias = first_keys.new_zeros(is_padding.shape)
             self.bias.masked_fill_(is_padding.to(first_keys.device), -torch.inf)
@@ -83,22 +87,27 @@ class Decoding:
     def make_rotary_table(self, start: Int[Tensor, " n"], max_tokens: int, like: Tensor) -> None:
         """Cosines and sines of all positions that a new token can have, one row of the table per position. The sines'
         first half is negated, so that rotating is x * cos + roll(x) * sin; queries are scaled, too."""
-        self.offset = start - start.min()                           # (n,) rows of the table for the next token
-        positions = torch.arange(int(self.offset.max()) + max_tokens, device=start.device) + start.min()
-        cos, sin = (x[0] for x in self.decoder.rotary_emb(like, positions.expand(3, 1, -1)))    # (positions, d)
+        self.offset = start - start.min()  # (n,) rows of the table for the next token
+        positions = torch.arange(int(self.offset.max()) + max_tokens,
+                                 device=start.device) + start.min()
+        # (positions, d)
+        cos, sin = (x[0] for x in self.decoder.rotary_emb(like, positions.expand(3, 1, -1)))
         middle = sin.shape[1] // 2
         sin = torch.cat([-sin[:, :middle], sin[:, middle:]], 1)
         scale_of_queries = [self.decoder.layers[0].self_attn.scaling] * self.heads
-        scale = sin.new_tensor(scale_of_queries + [1.0] * self.key_heads)           # (heads + k,)
-        self.table = torch.stack([cos, sin], 1)[:, :, None] * scale[:, None]        # (positions, 2, heads + k, d)
+        scale = sin.new_tensor(scale_of_queries + [1.0] * self.key_heads)  # (heads + k,)
+        # (positions, 2, heads + k, d)
+        self.table = torch.stack([cos, sin], 1)[:, :, None] * scale[:, None]
 
     def flatten_prompts(self) -> None:
         """Put the prompts' keys and values into the shape that all further tokens need, and their bias."""
-        self.prompt_keys = [keys.flatten(0, 1).mT for keys, _ in self.prompts]              # (B k, d, P) per layer
-        self.prompt_values = [values.flatten(0, 1) for _, values in self.prompts]           # (B k, P, d) per layer
+        # (B k, d, P) per layer
+        self.prompt_keys = [keys.flatten(0, 1).mT for keys, _ in self.prompts]
+        # (B k, P, d) per layer
+        self.prompt_values = [values.flatten(0, 1) for _, values in self.prompts]
         if self.bias is not None:
             per_head = self.bias.repeat_interleave(self.key_heads * self.rows, 0)
-            self.padding = per_head[:, None]                                                # (B k R, 1, P)
+            self.padding = per_head[:, None]                        # (B k R, 1, P)
 
     @torch.inference_mode()
     def __call__(self, token: Int[Tensor, " n"]) -> Float[Tensor, "n H"]:
@@ -106,23 +115,23 @@ class Decoding:
         batch, d = self.prompts[0].shape[1], self.own.shape[-1]
         own = self.own.narrow(2, 0, batch * self.key_heads * self.rows)
         slots = own.select(3, self.tokens).view(-1, 2, batch, self.key_heads, self.rows, d).unbind()
-        own_keys, own_values = own.narrow(3, 0, self.tokens + 1).unbind(1)                  # (layers, B k R, c, d)
+        own_keys, own_values = own.narrow(3, 0, self.tokens + 1).unbind(1)  # (layers, B k R, c, d)
         own_keys, own_values = own_keys.mT.unbind(), own_values.unbind()
-        cos, sin = self.table.index_select(0, self.offset).unbind(1)                        # (n, heads + k, d)
+        cos, sin = self.table.index_select(0, self.offset).unbind(1)  # (n, heads + k, d)
         bias = None
         if self.bias is not None:
-            bias = nn.functional.pad(self.padding, (0, self.tokens + 1))                    # (B k R, 1, P + c)
-        x = self.decoder.embed_tokens(token)                                                # (n, H)
+            bias = nn.functional.pad(self.padding, (0, self.tokens + 1))  # (B k R, 1, P + c)
+        x = self.decoder.embed_tokens(token)                        # (n, H)
         for i, layer in enumerate(self.layers):
-            # one projection; queries and keys rotated in place; new keys and values written to their slot
-            qkv = layer.qkv(layer.attention_norm(x)).view(len(x), -1, d)                    # (n, heads + 2 k, d)
+            # one projection; queries and keys rotated in place; new keys and values written
+            qkv = layer.qkv(layer.attention_norm(x)).view(len(x), -1, d)  # (n, heads + 2 k, d)
             queries_and_keys = qkv.narrow(1, 0, self.heads + self.key_heads)
             rolled = queries_and_keys.roll(d // 2, 2)
             queries_and_keys.mul_(cos).addcmul_(rolled, sin)
             queries, new = qkv.split((self.heads, 2 * self.key_heads), 1)
             slots[i].copy_(new.view(batch, self.rows, 2, self.key_heads, d).permute(2, 0, 3, 1, 4))
-            attended = self.attend(queries, self.prompt_keys[i], self.prompt_values[i], own_keys[i], own_values[i],
-                                   bias)
+            attended = self.attend(queries, self.prompt_keys[i], self.prompt_values[i],
+                                   own_keys[i], own_values[i], bias)
             x = layer.add_out(x, attended)
             y = layer.mlp_norm(x)
             x = layer.add_down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
@@ -138,16 +147,17 @@ class Decoding:
         n, heads, d = queries.shape
         batch, length, shared = n // self.rows, prompt_keys.shape[2], heads // self.key_heads
         q = queries.view(batch, self.rows, self.key_heads, shared, d).transpose(1, 2)
-        q = q.reshape(len(prompt_keys), -1, d)                                              # (B k, R g, d)
-        to_prompt = torch.bmm(q, prompt_keys)                                               # (B k, R g, P)
-        q = q.reshape(-1, shared, d)                                                        # (B k R, g, d)
-        to_own = torch.bmm(q, own_keys)                                                     # (B k R, g, c)
-        scores = torch.cat((to_prompt.view(-1, shared, length), to_own), 2)                 # (B k R, g, P + c)
+        q = q.reshape(len(prompt_keys), -1, d)                      # (B k, R g, d)
+        to_prompt = torch.bmm(q, prompt_keys)                       # (B k, R g, P)
+        q = q.reshape(-1, shared, d)                                # (B k R, g, d)
+        to_own = torch.bmm(q, own_keys)                             # (B k R, g, c)
+        scores = torch.cat((to_prompt.view(-1, shared, length), to_own), 2)  # (B k R, g, P + c)
         if bias is not None:
             scores.add_(bias)
-        weights = scores.softmax(2)                                                         # computed in fp32
+        weights = scores.softmax(2)                                             # computed in fp32
         of_prompt, of_own = weights.split((length, own_values.shape[1]), 2)
-        out = torch.bmm(of_prompt.view(to_prompt.shape), prompt_values).view(q.shape)       # (B k R, g, d)
+        # (B k R, g, d)
+        out = torch.bmm(of_prompt.view(to_prompt.shape), prompt_values).view(q.shape)
         out.baddbmm_(of_own, own_values)
         out = out.view(batch, self.key_heads, self.rows, shared, d).transpose(1, 2)
         return out.reshape(n, heads * d)
@@ -158,9 +168,9 @@ class Decoding:
         self.rows = len(rows) // len(kept)
         self.offset = self.offset[rows]
         prompt, row = rows // rows_before, rows % rows_before
-        first = (prompt * self.key_heads * rows_before + row).view(-1, 1, self.rows)        # (kept, 1, R)
-        heads = torch.arange(self.key_heads, device=rows.device)[:, None] * rows_before     # (k, 1)
-        places = (first + heads).flatten()                                                  # (kept k R,)
+        first = (prompt * self.key_heads * rows_before + row).view(-1, 1, self.rows)  # (kept, 1, R)
+        heads = torch.arange(self.key_heads, device=rows.device)[:, None] * rows_before  # (k, 1)
+        places = (first + heads).flatten()                          # (kept k R,)
         for layer, own in enumerate(self.own):      # in place, with a copy of one layer at a time
             own[:, :len(places), :self.tokens] = own[:, places, :self.tokens]
             if len(kept) < self.prompts[layer].shape[1]:
@@ -172,7 +182,7 @@ class Decoding:
 
 def by_prompt(x: Float[Tensor, "1 k N d"], lengths: list[int]) -> Float[Tensor, "B k P d"]:
     """Keys or values of packed prompts, one prompt apart from the other, padded with zeros."""
-    parts = x[0].transpose(0, 1).split(lengths)                                             # B times (P, k, d)
+    parts = x[0].transpose(0, 1).split(lengths)                     # B times (P, k, d)
     return nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
 
 

@@ -38,7 +38,7 @@ def write(folder, name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models_need_no_folder(tmp_path, monkeypatch, name):
     """By name the same plan as from their config.json, and nothing is looked for on the hub."""
-    monkeypatch.setattr(plan.hub, "local_folder", pytest.fail)
+    monkeypatch.setattr(plan.model_folder, "local_folder", pytest.fail)
     found = plan.report(plan.Config(f"Qwen/Qwen2.5-VL-{name}-Instruct")).splitlines()
     monkeypatch.undo()
     assert found[1:] == plan.report(plan.Config(write(tmp_path, name))).splitlines()[1:]
