@@ -21,10 +21,6 @@ from lab import plan
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-BEGIN = r"(?:python|torchrun|pip|ruff) "
-OTHERS = [      # commands that run no script of this project, in full
-    "python -m venv .venv", "ruff check .", "pip install tensorboard", "pip install -r requirements.txt",
-    "pip install -r requirements-peers.txt"]
 
 
 def read(name: str, title: str = "") -> str:
@@ -42,14 +38,11 @@ def python_block(text: str) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """Every command of a text: lines of its indented and fenced blocks, continued ones joined, and in `code`."""
+    """Every command of a text that runs python: in indented and fenced lines, continued ones joined, and in `code`."""
     joined = re.sub(r" *\\\n\s*", " ", text)
-    lines = [line.strip() for line in re.findall(r"^(?:    |```).*", joined, re.MULTILINE)]
-    found = []
-    for line in lines + re.findall(r"`([^`\n]+)`", joined):
-        parts = re.split(r" && |(?:\s{2,}|^)#.*", line)
-        found += [part.strip() for part in parts if part and re.match(BEGIN, part.strip())]
-    return found
+    lines = re.findall(r"^(?:    |```).*", joined, re.MULTILINE) + re.findall(r"`([^`\n]+)`", joined)
+    command = r"(?:^ *|&& )((?:python|torchrun) \S.*?)(?=  +#| &&|$)"
+    return [found for line in lines for found in re.findall(command, line)]
 
 
 ALL = [(name, command) for name in TEXTS for command in commands(read(name))]
@@ -61,7 +54,7 @@ class Parsed(Exception):
 
 def parse(words: list[str], monkeypatch):
     """The Config that a script of the project makes of a command, or None where argparse reads it. Raises SystemExit or
-    ValueError for a wrong command. For "...", the flags that are needed and left out are put in."""
+    ValueError for a wrong command. "..." stands for the flags that a script needs."""
     if words[0] == "torchrun":
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         words = ["python", *words[script:]]
@@ -71,12 +64,12 @@ def parse(words: list[str], monkeypatch):
     configs = []
 
     def command_line(config_class, main, doc):
-        missing = []
-        for field in fields(config_class):
-            needed = field.default is MISSING and field.default_factory is MISSING
-            if needed and "..." in words and f"--{field.name}" not in words:
-                missing += [f"--{field.name}", "x"]
-        configs.append(flags.parse(config_class, sys.argv[1:] + missing))
+        required = []
+        if "..." in words:
+            for field in fields(config_class):
+                if field.default is MISSING and field.default_factory is MISSING:
+                    required += [f"--{field.name}", "x"]        # the value that follows, if one is given, counts
+        configs.append(flags.parse(config_class, required + sys.argv[1:]))
         raise Parsed
 
     parse_args = argparse.ArgumentParser.parse_args
@@ -87,9 +80,7 @@ def parse(words: list[str], monkeypatch):
 
     monkeypatch.setattr(flags, "command_line", command_line)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    values = {i + 1 for i, word in enumerate(arguments) if word.startswith("--")}
-    given = [word for i, word in enumerate(arguments) if word != "..." or i in values]
-    monkeypatch.setattr(sys, "argv", [script, *given])
+    monkeypatch.setattr(sys, "argv", [script, *(word for word in arguments if word != "...")])
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return configs[0] if configs else None
@@ -98,7 +89,7 @@ def parse(words: list[str], monkeypatch):
 def test_commands_are_found():
     text = "a `python x.py --y` b\n\n    python a.py \\\n        --b 1     # why\n    pip install c && python d.py" \
            "\n\n```bash\ntorchrun e.py\n```\n"
-    assert commands(text) == ["python a.py --b 1", "pip install c", "python d.py", "python x.py --y"]
+    assert commands(text) == ["python a.py --b 1", "python d.py", "python x.py --y"]
     assert len(ALL) > 40 and len({name for name, _ in ALL}) >= 6
 
 
@@ -106,14 +97,10 @@ def test_commands_are_found():
 def test_commands_are_parsed(name, command, monkeypatch):
     """By the script's own parser. The cost of a training run on real data is estimated, too: it fits."""
     words = shlex.split(command)
-    if command in OTHERS:
-        assert words[-2] != "-r" or (ROOT / words[-1]).exists()
-        return
     if words[1:3] == ["-m", "pytest"]:
-        markers = re.findall(r'"(\w+): ', read("pyproject.toml"))
-        assert "-m" not in words[3:] or words[-1] in markers
+        assert "-m" not in words[3:] or f'"{words[-1]}: ' in read("pyproject.toml")
         return
-    if command == "python tasks.py":        # has no flags: see test_the_sample_is_what_tasks_prints
+    if command in ("python -m venv .venv", "python tasks.py"):      # the latter: test_the_sample_is_what_tasks_prints
         return
     config = parse(words, monkeypatch)
     if isinstance(config, train.Config) and config.model.startswith("Qwen/"):
@@ -142,44 +129,36 @@ def test_swapped_verbs_earn_vc_in_full(capsys):
 def test_links_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(name)):
         assert link.startswith("https://") or (ROOT / name).parent.joinpath(link).exists(), link
+    for file in re.findall(r"pip install -r (\S+)", read(name)):
+        assert (ROOT / file).exists(), file
 
 
-def definitions(module: ast.Module) -> set[str]:
-    """The names of a module's functions, classes and values, and of its methods, such as Reward.total."""
-    names = set()
-    for node in module.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            names.update(f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef))
-        if isinstance(node, ast.Assign):
-            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
-    return names
+def definitions(path: Path) -> set[str]:
+    """The names of a file's functions and classes, and of the methods in it."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(module) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 FILES = [path for folder in (".", "engine", "lab", "tests") for path in sorted(ROOT.glob(f"{folder}/*.py"))]
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-NAMES = {path.stem: definitions(module) for path, module in TREES.items()}
-TESTS = set().union(*(names for stem, names in NAMES.items() if stem.startswith("test_")))
+NAMES = {path.stem: definitions(path) for path in FILES}
+TESTS = {name for names in NAMES.values() for name in names if name.startswith("test_")}
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_names_exist(name):
     """`module.function`, `test_...`, and files."""
     text = read(name)
-    for module, member in re.findall(r"`(\w+)\.(\w+(?:\.\w+)?)`", text):
-        assert module not in NAMES or member in NAMES[module] | {"py", "json", "jsonl"}, f"{module}.{member}"
+    for module, *members in re.findall(r"`(\w+)\.(\w+)(?:\.(\w+))?`", text):
+        assert module not in NAMES or set(members) <= NAMES[module] | {"", "py", "json", "jsonl"}, (module, members)
     assert set(re.findall(r"`(test_\w+)`", text)) <= TESTS
     for file in re.findall(r"[\w/]+\.py\b", text):
         assert any(f"/{path.relative_to(ROOT)}".endswith(f"/{file}") for path in FILES), file
 
 
-def test_each_equation_has_its_function_and_test():
-    rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \|$", read("docs/method.md", "Equation, function, test"), re.MULTILINE)
-    assert len(rows) > 10
-    for _, functions, tests in rows[2:]:
-        assert re.findall(r"`(\w+)\.", functions) and set(re.findall(r"`(\w+)\.", functions)) <= NAMES.keys()
-        assert "test_" in tests
+def test_the_functions_of_the_equations_are_of_this_project():
+    table = read("docs/method.md", "Equation, function, test").partition("\n\nEq. 12")[0]
+    modules = re.findall(r"`(\w+)\.", table)
+    assert len(modules) > 10 and set(modules) <= NAMES.keys()
 
 
 def test_the_tree_names_every_file():
@@ -193,11 +172,8 @@ def test_the_tree_names_every_file():
 
 
 def test_the_loop_is_that_of_train():
-    source = read("train.py")
-    loop, = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For)
-             and ast.unparse(node.iter).startswith("run.steps("))
-    lines = source.splitlines()[loop.lineno - 1:loop.end_lineno]
-    assert python_block(read("README.md")) == textwrap.dedent("\n".join(lines)) + "\n"
+    loop = re.search(r"^( +)for step in run\.steps\(.*?\n(?=\1\S)", read("train.py"), re.DOTALL | re.MULTILINE)
+    assert python_block(read("README.md")) == textwrap.dedent(loop[0])
 
 
 def test_the_sample_is_what_tasks_prints(capsys):
@@ -230,12 +206,11 @@ def test_where_to_edit_as_printed(monkeypatch, capsys):
 
 def test_messages_are_those_of_the_code():
     """Each `message` of docs/trouble.md, but for what varies in it, stands in a string of the code."""
-    strings = []
-    for module in TREES.values():
-        for node in ast.walk(module):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                strings.append(node.value)
-    code = "\n".join(strings)
+    code = ""
+    for path in FILES:
+        if not path.name.startswith("test_"):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            code += "\n".join(str(node.value) for node in nodes if isinstance(node, ast.Constant))
     first_column = re.findall(r"^\| (.*?) \|", read("docs/trouble.md"), re.MULTILINE)
     for message in re.findall(r"`([^`]* [^`]*)`", "\n".join(first_column)):
         for piece in re.split(r"'[^']*'|\S*[.\d]\S*|--\w+ \w+", message):
