@@ -157,9 +157,8 @@ def main(config: Config) -> None:
 
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "total_pixels",
-                  "cache_gb",
-                  "video_timeout", "workers", "num_iterations", "epsilon", "eval_samples")
+    check_numbers(config, "steps", "temperature", "learning_rate", "num_iterations", "epsilon",
+                  "eval_samples")
     if config.eval_every and not config.eval_annotations:
         raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of "
                          "held-out queries, too")
