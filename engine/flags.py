@@ -23,9 +23,9 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from engine.logs import printable, surviving_output
+from engine.video import TOTAL_PIXELS
 
 logging.disable_progress_bar()          # transformers' own, for every file that it reads
-TOTAL_PIXELS = 3584 * 28 * 28           # of a whole video, 2.8 M
 # tokens of a completion with thoughts, the authors' value, and without
 LONGEST = {True: 1024, False: 64}
 

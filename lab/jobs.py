@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class Job:
     folder: Path
     commands: list[list[str]]
     needs: "Job | None" = None      # begins when that one has ended well
-    begun: float = 0.0              # when, by time.monotonic()
+    began: float = 0.0              # when, by time.monotonic()
 
     @property
     def log(self) -> Path:
@@ -29,55 +29,68 @@ class Job:
         return self.folder.with_name(self.folder.name + ".log")
 
 
-def run(jobs: list[Job], at_once: int, threads: int, finish: Callable[[Job], str]) -> list[str]:
-    """Run jobs in their order, `at_once` side by side, each with as many CPU threads (0: as many as it likes); one that
-    another needs has to stand before it. `finish` is called when one has ended well, and returns what to say of it.
+def run(jobs: list[Job], parallel: int, threads: int, finish: Callable[[Job], str]) -> list[str]:
+    """Run jobs in their order, at most `parallel` side by side, each with as many CPU threads (0: as many as it likes);
+    a job that another needs has to stand before it. `finish` is called with each job that has ended well, and returns
+    what to say of it.
 
-    Returns the names of those that failed, or whose need did. A signal that stops this passes on to all of them, and
+    Returns the names of the jobs that failed, or whose need did. A signal that stops this passes on to all of them, and
     ends the program when they have ended: train.py does so with a checkpoint.
     """
-    waiting, running, failed = list(jobs), {}, []
-    began, environment = time.monotonic(), {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-
-    def start(job: Job, commands: list[list[str]]) -> None:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(job.log, "a", encoding="utf-8") as log:
-            log.write(shlex.join(commands[0]) + "\n")
-            log.flush()
-            process = subprocess.Popen(commands[0], stdout=log, stderr=log, env=environment, start_new_session=True)
-        running[process] = job, commands[1:]
-
+    waiting, failed, done = list(jobs), [], 0
+    running = {}            # {process: (its job, the commands that follow)}
+    began = time.monotonic()
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     stop = threading.Event()
     with stop_signals(stop):
         while waiting or running:
-            lost = [job for job in waiting if job.needs and job.needs.name in failed]
-            failed += [job.name for job in lost]
-            busy = {id(job) for job in waiting} | {id(job) for job, _ in running.values()}
-            waiting = [job for job in waiting if job not in lost]
-            for job in [job for job in waiting if id(job.needs) not in busy][:at_once - len(running)]:
-                waiting.remove(job)
-                job.begun = time.monotonic()
-                start(job, job.commands)
+            for job in list(waiting):
+                if job.needs and job.needs.name in failed:
+                    waiting.remove(job)
+                    failed.append(job.name)
+            not_done = {job.name for job in waiting} | {job.name for job, _ in running.values()}
+            for job in list(waiting):
+                is_ready = job.needs is None or job.needs.name not in not_done
+                if is_ready and len(running) < parallel:
+                    waiting.remove(job)
+                    job.began = time.monotonic()
+                    running[start(job, job.commands[0], environment)] = job, job.commands[1:]
             time.sleep(0.2)
             if stop.is_set():
-                for process in running:
-                    process.terminate()
-                for process in running:
-                    process.wait()
-                sys.exit(0)
+                end(running)
             for process in [process for process in running if process.poll() is not None]:
-                job, left = running.pop(process)
+                job, following = running.pop(process)
                 if process.returncode:
                     failed.append(job.name)
                     logs.say(f"{job.name}: FAILED with exit code {process.returncode}: {last_line(job.log)}")
-                elif left:
-                    start(job, left)
+                elif following:
+                    running[start(job, following[0], environment)] = job, following[1:]
                 else:
-                    said, ended = finish(job), len(jobs) - len(waiting) - len(running) - len(failed)
-                    rest = (time.monotonic() - began) / ended * (len(waiting) + len(running)) / 60
-                    logs.say(f"{ended}/{len(jobs)} {job.name}: {said}, {time.monotonic() - job.begun:.0f} s; "
-                               f"about {rest:.0f} minutes left")
+                    done += 1
+                    left = (time.monotonic() - began) / done * (len(waiting) + len(running)) / 60
+                    logs.say(f"{done}/{len(jobs)} {job.name}: {finish(job)}, {time.monotonic() - job.began:.0f} s; "
+                             f"about {left:.0f} minutes left")
     return failed
+
+
+def start(job: Job, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    """Start a command of a job in a session of its own, so that a Ctrl-C does not reach it twice."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "a", encoding="utf-8") as log:
+        log.write(shlex.join(command) + "\n")
+        log.flush()
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def end(processes: Iterable[subprocess.Popen]) -> None:
+    """Pass a signal on, wait, and end this program, too."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+    sys.exit(0)
 
 
 def last_line(log: Path) -> str:

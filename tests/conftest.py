@@ -126,7 +126,7 @@ def seeded(count: int) -> list[torch.Generator]:
 
 def random_completions(policy, lengths, seed=1):
     """Completions (B, G, C) of the given lengths (B, G) without forbidden tokens, and their mask."""
-    lengths = torch.tensor(lengths)
+    lengths = torch.as_tensor(lengths)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = range(policy.qwen.lm_head.out_features)
     allowed = torch.tensor([token for token in vocabulary if token not in policy.forbidden])
