@@ -14,6 +14,19 @@ import toy
 from engine import video
 
 
+@pytest.fixture
+def sizes(monkeypatch):
+    """(train videos, test videos, weakness) that were asked for; the worlds that are written are smaller."""
+    asked, write_world = [], toy.write_world
+
+    def write_small_world(folder, seed, *sizes):
+        asked.append(sizes)
+        return write_world(folder, seed, 12, 6, sizes[-1])
+
+    monkeypatch.setattr(toy, "write_world", write_small_world)
+    return asked
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -95,23 +108,18 @@ def test_the_random_model_follows_from_the_seed(folder, tmp_path):
     assert before == again != other
 
 
-def test_a_start_of_tvg_alone(tmp_path, monkeypatch):
+def test_a_start_of_tvg_alone(tmp_path, monkeypatch, sizes):
     """--invert_sft false shows the warm start TVG only; --steps 0 ends behind its evaluation, in full size."""
-    shown, asked, write_world = [], [], toy.write_world
-
-    def write_small_world(folder, seed, *sizes):
-        asked.append(sizes)
-        return write_world(folder, seed, 3, 3, sizes[-1])
+    shown = []
 
     def imitate(config):
         shown.extend(row["task"] for row in read_rows(Path(config.demonstrations)))
         shutil.copytree(config.model, tmp_path / "toy" / "sft" / "model")
 
-    monkeypatch.setattr(toy, "write_world", write_small_world)
     monkeypatch.setattr(toy.sft, "main", imitate)
     monkeypatch.setattr(toy.train, "main", None)
     rows = toy.main(toy.Config(output=str(tmp_path / "toy"), steps=0, invert_sft=False, weakness="edges"))
-    assert set(shown) == {"TVG"} and asked == [(1000, 300, "edges")] and rows["warm start"]["queries"] > 0
+    assert set(shown) == {"TVG"} and sizes == [(1000, 300, "edges")] and rows["warm start"]["queries"] > 0
     assert {row["task"] for row in read_rows(tmp_path / "toy" / "demonstrations.jsonl")} == set(tasks.TASKS)
 
 
@@ -129,7 +137,7 @@ def test_unknown_weakness(tmp_path):
         toy.main(toy.Config(output=str(tmp_path / "toy"), weakness="colours"))
 
 
-def test_a_run_and_one_that_is_stopped(tmp_path, monkeypatch, capsys):
+def test_a_run_and_one_that_is_stopped(tmp_path, monkeypatch, capsys, sizes):
     """The table has what each model answers to the test queries. Stopped between two stages, what is finished is not
     done again, and the table is that of an unbroken run."""
     handed_on = dict(steps=2, prompts_per_step=2, learning_rate=2e-4, beta=0.01, tvg_prob=0.5)
@@ -146,10 +154,10 @@ def test_a_run_and_one_that_is_stopped(tmp_path, monkeypatch, capsys):
         assert used["model"] == f"{world}/{tested}/model" and used["annotations"] == f"{world}/test.txt"
         assert used["blind"] == (folder == "test_blind")
         scores = json.loads((world / folder / "scores.json").read_text())
-        narrated = toy.narrated(list(toy.read_answers(world / folder).values()), toy.write_world(world, 0, 60, 20))
-        assert whole[name] == {**scores, **narrated} and len(read_rows(world / folder / "narrated.jsonl")) > 20
+        narrated = toy.narrated(list(toy.read_answers(world / folder).values()), toy.write_world(world, 0, "both"))
+        assert whole[name] == {**scores, **narrated} and len(read_rows(world / folder / "narrated.jsonl")) > 6
         assert re.search(rf"^{name} +{scores['mIoU']:.3f} ", printed, re.MULTILINE)
-    assert whole["best fixed answer"]["same_answer"] == 1 and len(whole) == 4
+    assert whole["best fixed answer"]["same_answer"] == 1 and len(whole) == 4 and sizes[0] == (60, 20, "both")
     for picture in ("curves.png", "examples.png", "method.png"):
         assert (world / picture).stat().st_size > 10_000
 
