@@ -2,9 +2,10 @@
 
 Algorithm 1, lines 6-15: every step draws TVG with probability p, else one of the inversion tasks uniformly
 (Eq. 12, 13), one task for the whole batch. TVG sees the whole video; an inversion task sees the annotated segment,
-which is TVG's answer, and is asked for what TVG is told (Eq. 1, 2).
+which is TVG's answer, and is asked for what TVG is given (Eq. 1, 2).
 
-A new inversion task is one reward function in rewards.py and one `Task(...)` here.
+A new inversion task is one reward function in rewards.py and one `Task(...)` here: flags, logs, scores and curves know
+it from `TASKS`.
 
     python tasks.py             a sample through all tasks: prompt, completion, reward
     python tasks.py AR "a person walks away and laughs" "<think>a path</think> <answer>walking</answer>"
@@ -35,13 +36,15 @@ from rewards import Reward
 
 @dataclass(frozen=True)
 class Task:
+    """A task. Its `part` names its own part of the reward, the one beside "format"."""
     name: str
     template: str               # may hold {query}, or {masked}: the query with [] for each verb
-    part: str                   # the name of its own part of the reward, beside "format"
-    reward: Callable[[list[str], list[Sample]], list[Reward]]   # completions, each with the sample it is about
+    part: str
+    reward: Callable[[list[str], list[Sample]], list[Reward]]   # of completions, each with the sample it is about
     sees_segment: bool = True   # of the video only the annotated segment
-    inversion: bool = True      # is drawn with probability 1 - p
+    inversion: bool = True      # the task is drawn with probability 1 - p
     needs_verb: bool = True     # a query without a verb cannot be asked or rewarded
+    has_cosine: bool = False    # `reward` takes by_cosine=True, and then pays similarity (Table 3)
 
     def prompt(self, sample: Sample) -> str:
         return self.template.format(query=sample.query, masked=mask_verbs(sample.query))
@@ -53,27 +56,32 @@ TASKS = {task.name: task for task in (
     Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
          "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),
     Task("VC", 'Add a verb for the event "{masked}" based on the video. ' + FORM.format("the whole sentence"),
-         "vc", rewards.vc),
+         "vc", rewards.vc, has_cosine=True),
     Task("AR", "Use a verb to describe the event based on the video. " + FORM.format("one verb"),
-         "ar", rewards.ar),
+         "ar", rewards.ar, has_cosine=True),
     Task("VD", "Describe what people have done based on the video. " + FORM.format("one sentence"),
-         "vd", rewards.vd),
+         "vd", rewards.vd, has_cosine=True),
 )}
 INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
 def in_form(task: Task, think: bool, cosine: bool = False, vd_max_verbs: int = 0) -> Task:
-    """The task as it is, or answer-only: its prompt asks for <answer>...</answer>, and format pays that and no more.
-    `cosine`: an inversion task pays similarity (Table 3). `vd_max_verbs`: VD pays nothing for more verbs than that."""
-    options = {"by_cosine": True} if cosine and task.inversion else {}
-    options |= {"limit": vd_max_verbs} if vd_max_verbs and task.name == "VD" else {}
-    task = replace(task, reward=partial(task.reward, **options)) if options else task
+    """The task as flags change it. `cosine`: a task whose reward `has_cosine` pays similarity. `vd_max_verbs`: VD
+    pays nothing for more different verbs. Without `think` the prompt asks for <answer>...</answer> alone, and the
+    format reward pays that and no more."""
+    reward = task.reward
+    if cosine and task.has_cosine:
+        reward = partial(reward, by_cosine=True)
+    if vd_max_verbs and task.name == "VD":
+        reward = partial(reward, max_verbs=vd_max_verbs)
     if think:
-        return task
-    # The reward is that behind an empty thought: a completion with one of its own has two, which no format has.
-    reward = lambda completions, samples, **options: task.reward(
-        [f"<think></think>{text}" for text in completions], samples, **options)
-    return replace(task, template=task.template.replace(THOUGHT, ""), reward=reward)
+        return replace(task, reward=reward)
+
+    def reward_answers(completions: list[str], samples: list[Sample]) -> list[Reward]:
+        """Rewards the completion behind an empty thought: one that has a thought then has two, which no format has."""
+        return reward([f"<think></think>{completion}" for completion in completions], samples)
+
+    return replace(task, template=task.template.replace(THOUGHT, ""), reward=reward_answers)
 
 
 def mask_verbs(query: str) -> str:
@@ -87,15 +95,16 @@ def draw(step: int, seed: int, tvg_prob: float, names: list[str]) -> Task:
     """The task of a step (Eq. 13): TVG with probability tvg_prob, else one of `names` uniformly. It depends on
     (seed, step) only, so every process draws the same."""
     rng = np.random.default_rng([seed, step])
-    return TASKS["TVG"] if rng.random() < tvg_prob else TASKS[names[rng.integers(len(names))]]
+    if rng.random() < tvg_prob:
+        return TASKS["TVG"]
+    return TASKS[names[rng.integers(len(names))]]
 
 
 def usable(samples: list[Sample], task: Task) -> list[Sample]:
     """The samples that a task can use."""
     if not task.needs_verb:
         return samples
-    found = rewards.verbs([sample.query for sample in samples])
-    return [sample for sample, verbs in zip(samples, found) if verbs]
+    return [sample for sample, verbs in zip(samples, rewards.queries(samples)) if verbs]
 
 
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
@@ -120,10 +129,11 @@ def show() -> None:
     """Print what the tasks ask of EXAMPLE, an answer, and its reward."""
     print(f'"{EXAMPLE.query}" from {EXAMPLE.start} to {EXAMPLE.end} s')
     for name, task in TASKS.items():
+        view = "this segment" if task.sees_segment else "the whole video"
         completion = f"<think>It happens early.</think> <answer>{ANSWERS.get(name, '')}</answer>"
         reward, = task.reward([completion], [EXAMPLE])
-        print(f"\n{name} sees {'this segment' if task.sees_segment else 'the whole video'}\n{task.prompt(EXAMPLE)}\n"
-              f"{completion}\n{json.dumps({**reward.parts, 'total': reward.total})}")
+        print(f"\n{name} sees {view}\n{task.prompt(EXAMPLE)}\n{completion}")
+        print(json.dumps({**reward.parts, "total": reward.total}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,21 +149,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
     parser.add_argument("--cosine_rewards", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
     args = parser.parse_args(argv)
-    task, (start, end) = TASKS.get(args.task), args.segment or (0.0, math.inf)
-    wrong = None
-    if task is None:
-        wrong = f"there is no task {args.task!r}, take one of {', '.join(TASKS)}"
-    elif task.part == "iou" and args.segment is None:
-        wrong = "TVG needs the true segment in seconds: --segment START END"
-    elif args.segment and not (0 <= start < end < math.inf):
-        wrong = f"--segment {start:g} {end:g}: give a start from 0 s on and an end after it"
-    if wrong:
-        print(f"tasks.py: {wrong}", file=sys.stderr)
+    start, end = args.segment or (0.0, math.inf)
+    problem = None
+    if args.task not in TASKS:
+        problem = f"there is no task {args.task!r}, take one of {', '.join(TASKS)}"
+    elif args.task == "TVG" and args.segment is None:
+        problem = "TVG needs the true segment in seconds: --segment START END"
+    elif args.segment and not 0 <= start < end < math.inf:
+        problem = f"--segment {start:g} {end:g}: give a start from 0 s on and an end after it"
+    if problem:
+        print(f"tasks.py: {problem}", file=sys.stderr)
         return 2
-    reward_of = task.reward
-    if args.cosine and args.task in ("VC", "AR", "VD"):
-        reward_of = partial(task.reward, by_cosine=True)
-    reward, = reward_of([args.completion], [Sample("", "", args.query, start, end, None)])
+    task = in_form(TASKS[args.task], think=True, cosine=args.cosine_rewards)
+    reward, = task.reward([args.completion], [Sample("", "", args.query, start, end, None)])
     print(json.dumps({**reward.parts, "total": reward.total}))
     return 0
 

