@@ -260,8 +260,11 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
     if arm.watched:
         every = max(setting.steps // 5, 1)
         own += flags(eval_annotations=setting.test, eval_every=every, eval_samples=100)
-    drawn = [tasks.draw(step, seed, 0.8, list(tasks.INVERSIONS)).name for step in range(setting.steps)]
-    own += shlex.split(arm.flags.format(tvg_steps=drawn.count("TVG")))
+    arm_flags = arm.flags
+    if "{tvg_steps}" in arm_flags:
+        drawn = [tasks.draw(step, seed, 0.8, list(tasks.INVERSIONS)).name for step in range(setting.steps)]
+        arm_flags = arm_flags.format(tvg_steps=drawn.count("TVG"))
+    own += shlex.split(arm_flags)
     test = flags(model=trained / "model", annotations=setting.test, output=folder / "test")
     test += setting.shared_flags + setting.test_flags
     all_flags = f"{config.train_flags} {arm.flags}".strip()
@@ -290,7 +293,7 @@ def toy_setting(world_folder: Path, world: str, arm: Arm) -> Setting:
     if not arm.think:
         test_flags += flags(think="false")
     shared = flags(videos=world_folder / "videos", cache=world_folder / "cache", workers=1)
-    return Setting(world_folder / "model", world_folder / "train.txt", world_folder / "test.txt", shared, train_flags,
+    return Setting(world_folder / "sft" / "model", world_folder / "train.txt", world_folder / "test.txt", shared, train_flags,
                    test_flags, steps)
 
 
@@ -420,20 +423,13 @@ def draw_cases(runs: list[Run], world: str, path: Path) -> None:
         if not folders or not (folders[0] / "scores.json").exists():
             return
         answers[title] = toy.read_answers(folders[0])
-    one, other = answers.values()
-    order = sorted(one, key=lambda i: other[i]["iou"] - one[i]["iou"])
+    alone, both = answers.values()
+    order = sorted(alone, key=lambda i: both[i]["iou"] - alone[i]["iou"])
     middle = len(order) // 2
-    rows = []
-    for i in [order[-1], order[-2], *order[middle:middle + 2], *order[:2]]:
-        row = {"clip": video.load(one[i]["video"]), "query": one[i]["query"], "truth": one[i]["truth"],
-               "answers": {}, "iou": {}, "notes": []}
-        for title, predictions in answers.items():
-            answer = predictions[i]
-            row["answers"][title] = None if answer["start"] is None else (answer["start"], answer["end"])
-            row["iou"][title] = answer["iou"]
-            row["notes"].append(f"{title}: {answer['completion']}")
-        rows.append(row)
-    plot.examples(rows, path)
+    chosen = [order[-1], order[-2], *order[middle:middle + 2], *order[:2]]
+    clips = [video.load(alone[i]["video"]) for i in chosen]
+    rows = [{title: predictions[i] for title, predictions in answers.items()} for i in chosen]
+    plot.examples(clips, rows, path, thoughts=True)
 
 
 def check_flags(config: Config) -> None:

@@ -16,8 +16,12 @@ in tests/test_plan.py; those of FSDP2 are not.
 import math
 import os
 from dataclasses import MISSING, dataclass, replace
+from functools import lru_cache
+from typing import Any
 
-from transformers import Qwen2_5_VLConfig
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import model
 from engine import flags, lora, model_folder, video
@@ -63,6 +67,23 @@ class Config(AnswerFlags):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that its cost depends on. Weights are counted in transformers' own modules."""
+    text: Any               # its config's text_config
+    vision: Any             # and vision_config
+    total: int              # weights of the whole model, tied embeddings counted once
+    tower: int              # in the vision tower
+    root: int               # in embeddings and head
+    layer: int              # in one decoder layer
+    layer_matrices: int     # in the linear layers of one decoder layer, without biases
+    layer_widths: int       # numbers that go into and come out of these linear layers, per token
+    tower_matrices: int     # in the vision tower's linear layers that work on patches
+    merger_matrices: int    # in those that work on merged patches
+    keys: int               # numbers in the keys of one token and layer; its values have as many
+    patch: int              # numbers in one patch of a video
+
+
+@dataclass(frozen=True)
 class Step:
     """A GRPO step on one GPU, as far as its cost depends on it. Every completion counts as long as the longest."""
     prompt: int                         # tokens of a prompt
@@ -82,11 +103,16 @@ class Step:
     def frozen_tower(self) -> bool:
         return self.freeze_vision or self.lora_rank > 0
 
+    @property
+    def completions(self) -> int:
+        """Tokens of a prompt's completions."""
+        return self.group_size * self.tokens
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a step costs, and an epoch."""
-    qwen: Qwen2_5_VLConfig
+    shape: Shape
     step: Step
     prompts: int                                # per step and GPU
     memory: dict[str, dict[str, float]]         # see `memory`
@@ -97,50 +123,38 @@ class Estimate:
     hours: float                                # per epoch
 
 
-def key_width(qwen: Qwen2_5_VLConfig) -> int:
-    """Numbers in the keys of one token and layer; its values have as many."""
-    text = qwen.text_config
-    return text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+def count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
-def patch_width(qwen: Qwen2_5_VLConfig) -> int:
-    """Numbers in one patch of a video."""
-    vision = qwen.vision_config
-    return vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of linear layers."""
+    return [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
 
 
-def parameters(qwen: Qwen2_5_VLConfig) -> dict[str, int]:
-    """Number of weights by component; "layer" is one decoder layer, "layers" all of them. "total" counts tied
-    embeddings once."""
-    text, vision = qwen.text_config, qwen.vision_config
-    h, kv = text.hidden_size, key_width(qwen)
-    queries, keys, output = h * h + h, h * kv + kv, h * h
-    layer = 2 * h + queries + 2 * keys + output + 3 * h * text.intermediate_size
-    d, inner = vision.hidden_size, vision.intermediate_size
-    merged = d * vision.spatial_merge_size ** 2
-    block = 2 * d + 4 * (d * d + d) + 3 * d * inner + 2 * inner + d
-    merger = d + merged * (merged + 1) + (merged + 1) * vision.out_hidden_size
-    embeddings = text.vocab_size * h
-    head = 0 if qwen.tie_word_embeddings else embeddings
-    counts = {"vision": patch_width(qwen) * d + vision.depth * block + merger, "embeddings": embeddings,
-              "layers": text.num_hidden_layers * layer + h, "head": head}
-    return {**counts, "total": sum(counts.values()), "layer": layer}
+def shape_of(config: Qwen2_5_VLConfig) -> Shape:
+    """The Shape of a config; nothing takes memory on the device "meta"."""
+    with torch.device("meta"):
+        qwen = Qwen2_5_VLForConditionalGeneration(config)
+    qwen.tie_weights()
+    text, vision, tower = config.text_config, config.vision_config, qwen.model.visual
+    layer = qwen.model.language_model.layers[0]
+    total, in_tower = count(qwen), count(tower)
+    root = total - in_tower - count(qwen.model.language_model.layers) - text.hidden_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    on_patches = sum(weight.numel() for weight in matrices(tower.blocks)) + patch * vision.hidden_size
+    return Shape(
+        text, vision, total, in_tower, root, count(layer),
+        layer_matrices=sum(weight.numel() for weight in matrices(layer)),
+        layer_widths=sum(sum(weight.shape) for weight in matrices(layer)),
+        tower_matrices=on_patches, merger_matrices=sum(weight.numel() for weight in matrices(tower.merger)),
+        keys=text.hidden_size // text.num_attention_heads * text.num_key_value_heads, patch=patch)
 
 
-def adapter_parameters(qwen: Qwen2_5_VLConfig, rank: int) -> int:
-    """Number of weights of the adapters of one decoder layer: `rank` times the widths in and out of its seven linear
-    layers."""
-    h, kv, inner = qwen.text_config.hidden_size, key_width(qwen), qwen.text_config.intermediate_size
-    queries_and_output = 2 * (h + h)
-    keys_and_values = 2 * (h + kv)
-    return rank * (queries_and_output + keys_and_values + 3 * (h + inner))
-
-
-def windows(qwen: Qwen2_5_VLConfig, grid: tuple[int, int, int]) -> list[int]:
+def windows(shape: Shape, grid: tuple[int, int, int]) -> list[int]:
     """Patches in each of the vision tower's windows of a video of `grid` (t, h, w) patches."""
-    vision = qwen.vision_config
-    merge = vision.spatial_merge_size
-    side = vision.window_size // vision.patch_size // merge         # of a window, in merged tokens
+    merge = shape.vision.spatial_merge_size
+    side = shape.vision.window_size // shape.vision.patch_size // merge     # of a window, in merged tokens
     height, width = grid[1] // merge, grid[2] // merge
     sizes = []
     for top in range(0, height, side):
@@ -150,39 +164,38 @@ def windows(qwen: Qwen2_5_VLConfig, grid: tuple[int, int, int]) -> list[int]:
     return sizes * grid[0]
 
 
-def forward_operations(qwen: Qwen2_5_VLConfig, step: Step) -> dict[str, int]:
+def forward_operations(shape: Shape, step: Step) -> dict[str, int]:
     """Operations of one forward pass over a prompt and its completions, each of which sees the prompt and itself."""
-    text, vision = qwen.text_config, qwen.vision_config
-    d, merge = vision.hidden_size, vision.spatial_merge_size ** 2
+    text, vision = shape.text, shape.vision
     patches, frame = math.prod(step.grid), step.grid[1] * step.grid[2]
-    block = 2 * patches * (4 * d * d + 3 * d * vision.intermediate_size)    # linear layers of a block
-    full = len(vision.fullatt_block_indexes)
-    pairs_full = step.grid[0] * frame ** 2                                  # (query, key) pairs of a block
-    pairs_windows = sum(size ** 2 for size in windows(qwen, step.grid))
+    full = len(vision.fullatt_block_indexes)                    # blocks that attend to whole frames
+    pairs_full = step.grid[0] * frame ** 2                      # (query, key) pairs of a block
+    pairs_windows = sum(size ** 2 for size in windows(shape, step.grid))
     pairs = full * pairs_full + (vision.depth - full) * pairs_windows
-    merger = 2 * patches // merge * d * merge * (d * merge + vision.out_hidden_size)
+    merged = patches // vision.spatial_merge_size ** 2
+    tower = 2 * patches * shape.tower_matrices + 2 * merged * shape.merger_matrices
+    tower += 4 * vision.hidden_size * pairs
 
-    h, kv, prompt, tokens = text.hidden_size, key_width(qwen), step.prompt, step.tokens
-    weights = parameters(qwen)["layer"] - 3 * h - 2 * kv                    # without norms and biases
-    linear = 2 * text.num_hidden_layers * weights                           # per token
-    attention = 4 * text.num_hidden_layers * h                              # per (query, key) pair
-    completions = step.group_size * tokens                                  # tokens of all completions
-    pairs_completions = completions * (2 * prompt + tokens + 1) // 2
-    return {"vision": 2 * patches * patch_width(qwen) * d + vision.depth * block + 4 * d * pairs + merger,
-            "prompt": prompt * linear + attention * prompt * (prompt + 1) // 2,
+    prompt, completions = step.prompt, step.completions
+    linear = 2 * text.num_hidden_layers * shape.layer_matrices  # per token
+    attention = 4 * text.num_hidden_layers * text.hidden_size   # per (query, key) pair
+    pairs_prompt = prompt * (prompt + 1) // 2
+    pairs_completions = completions * (2 * prompt + step.tokens + 1) // 2
+    return {"vision": tower,
+            "prompt": prompt * linear + attention * pairs_prompt,
             "completions": completions * linear + attention * pairs_completions,
-            "logits": 2 * completions * h * text.vocab_size}
+            "logits": 2 * completions * text.hidden_size * text.vocab_size}
 
 
-def operations(qwen: Qwen2_5_VLConfig, step: Step) -> dict[str, dict[str, int]]:
+def operations(shape: Shape, step: Step) -> dict[str, dict[str, int]]:
     """{phase: {component: operations}} of a GRPO step on one prompt.
 
     A backward pass costs two forward ones, with adapters one, since frozen weights have no gradients; the operations of
     adapters themselves, about a percent, are left out. What a frozen vision tower makes of a video while sampling
     serves for reference and policy, too. The policy is scored once per AdamW step.
     """
-    once = forward_operations(qwen, step)
-    decoded = forward_operations(qwen, replace(step, tokens=step.tokens - 1))   # nothing follows the last token
+    once = forward_operations(shape, step)
+    decoded = forward_operations(shape, replace(step, tokens=step.tokens - 1))  # nothing follows the last token
     scored = dict(once)
     if step.frozen_tower:
         del scored["vision"]
@@ -191,123 +204,119 @@ def operations(qwen: Qwen2_5_VLConfig, step: Step) -> dict[str, dict[str, int]]:
               "decode": {"completions": decoded["completions"], "logits": once["logits"]}}
     if step.reference:
         phases["reference"] = scored
-    phases["policy"] = {component: passes * count for component, count in scored.items()}
+    phases["policy"] = {component: passes * number for component, number in scored.items()}
     return phases
 
 
-def cache_bytes(qwen: Qwen2_5_VLConfig, step: Step) -> int:
+def cache_bytes(shape: Shape, step: Step) -> int:
     """Keys and values of one prompt while sampling: the prompt's once, and each completion's at its full length."""
-    positions = step.prompt + step.group_size * step.tokens
-    return 2 * step.number_bytes * qwen.text_config.num_hidden_layers * key_width(qwen) * positions
+    per_token = 2 * shape.keys * shape.text.num_hidden_layers
+    return step.number_bytes * per_token * (step.prompt + step.completions)
 
 
-def joined_bytes(qwen: Qwen2_5_VLConfig, number_bytes: int = 2) -> int:
+def joined_bytes(shape: Shape, number_bytes: int = 2) -> int:
     """The copies of each layer's query, key and value weights side by side, made for sampling (engine.sampling)."""
-    h = qwen.text_config.hidden_size
-    return number_bytes * qwen.text_config.num_hidden_layers * h * (h + 2 * key_width(qwen))
+    h = shape.text.hidden_size
+    return number_bytes * shape.text.num_hidden_layers * h * (h + 2 * shape.keys)
 
 
-def work_bytes(qwen: Qwen2_5_VLConfig, prompt: int) -> int:
+def work_bytes(shape: Shape, prompt: int) -> int:
     """What a layer works with while a prompt of so many tokens runs: its widest tensor, four times, in bf16."""
-    return 2 * 4 * prompt * qwen.text_config.intermediate_size
+    return 2 * 4 * prompt * shape.text.intermediate_size
 
 
-def prompts_that_fit(qwen: Qwen2_5_VLConfig, step: Step, room: float) -> int:
-    """How many prompts with their completions can be sampled at once in `room` bytes, which the weights have left."""
-    one_prompt = cache_bytes(qwen, step) + work_bytes(qwen, step.prompt)
-    left = int(room - joined_bytes(qwen))
-    return max(left, 0) // one_prompt
+def queries_that_fit(shape: Shape, step: Step, room: float) -> int:
+    """How many queries, of one completion each, can be evaluated at once on a GPU with `room` bytes."""
+    left = room - 2 * shape.total - joined_bytes(shape)
+    one_query = cache_bytes(shape, replace(step, group_size=1)) + work_bytes(shape, step.prompt)
+    return max(0, int(left // one_query))
 
 
-def token_seconds(qwen: Qwen2_5_VLConfig) -> float:
+def token_seconds(shape: Shape) -> float:
     """Seconds for one token of any number of rows, as far as they are few enough: the weights are read, and kernels
     are launched one by one. The two are added, as if they did not overlap."""
-    reading = 2 * parameters(qwen)["total"] / BANDWIDTH
-    launching = qwen.text_config.num_hidden_layers * KERNELS * LAUNCH
+    reading = 2 * shape.total / BANDWIDTH
+    launching = shape.text.num_hidden_layers * KERNELS * LAUNCH
     return reading + launching
 
 
-def layer_bytes(qwen: Qwen2_5_VLConfig, step: Step) -> int:
+def layer_bytes(shape: Shape, step: Step) -> int:
     """What a decoder layer keeps of a prompt and its completions for its backward pass. Numbers have
     step.number_bytes, 4 in the input of a norm."""
-    h, kv, inner = qwen.text_config.hidden_size, key_width(qwen), qwen.text_config.intermediate_size
-    size, rank = step.number_bytes, step.lora_rank
-    own = step.group_size * step.tokens                                     # tokens of the completions
-    n = step.prompt + own
-    norms = 2 * n * h * (4 + 2 * size)                                      # of both: in, normalised, out
-    attention = size * (n * (3 * h + 2 * kv) + own * h)                     # q, k, v, results
-    prefixes = size * 2 * kv * step.group_size * (step.prompt + step.tokens)    # k, v of prompt and completion
-    mlp = size * 4 * n * inner                                              # gate, its silu, up, their product
-    adapters = size * n * (7 * rank - 2 * h) if rank else 0     # A x of each; not what norms normalised: no gradient
-    return norms + attention + prefixes + mlp + adapters
+    size, h = step.number_bytes, shape.text.hidden_size
+    n = step.prompt + step.completions
+    both_norms = 2 * h * (4 + 2 * size)                         # in, normalised, out; all per token
+    attention = size * (3 * h + 2 * shape.keys)                 # q, k, v, results
+    mlp = size * 4 * shape.text.intermediate_size               # gate, its silu, up, their product
+    adapters = 0
+    if step.lora_rank:      # A x of each linear layer; not what norms normalised, since they have no gradient
+        adapters = size * (7 * step.lora_rank - 2 * h)
+    prefixes = 2 * shape.keys * step.group_size * (step.prompt + step.tokens)   # k, v of prompt and completion
+    return n * (both_norms + attention + mlp + adapters) + size * (prefixes + step.completions * h)
 
 
-def tower_bytes(qwen: Qwen2_5_VLConfig, step: Step) -> tuple[int, int]:
+def tower_bytes(shape: Shape, step: Step) -> tuple[int, int]:
     """(what the vision tower keeps of a video for its backward pass, what one of its blocks keeps); 0 where frozen."""
     if step.frozen_tower:
         return 0, 0
-    vision, size, patches = qwen.vision_config, step.number_bytes, math.prod(step.grid)
-    d = vision.hidden_size
-    block = patches * (2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size))
+    size, vision, d = step.number_bytes, shape.vision, shape.vision.hidden_size
+    block = 2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size)      # all per patch
     if step.gradient_checkpointing:
-        blocks = vision.depth * patches * d * size
+        blocks = vision.depth * d * size
     else:
-        blocks = vision.depth * block + len(vision.fullatt_block_indexes) * 2 * patches * d * size
-    ends = patches * (patch_width(qwen) * size + d * (4 + 4 * size))        # patches and merger
-    return blocks + ends, block
+        blocks = vision.depth * block + len(vision.fullatt_block_indexes) * 2 * d * size
+    ends = shape.patch * size + d * (4 + 4 * size)              # patches and merger
+    patches = math.prod(step.grid)
+    return patches * (blocks + ends), patches * block
 
 
-def activation_bytes(qwen: Qwen2_5_VLConfig, step: Step) -> tuple[int, int]:
+def activation_bytes(shape: Shape, step: Step) -> tuple[int, int]:
     """(bytes that the forward pass over a prompt keeps for the backward one, logits aside; bytes that the backward pass
     of one layer works with). With gradient checkpointing only the input of every layer is kept."""
-    text, size = qwen.text_config, step.number_bytes
-    completions = step.group_size * step.tokens
-    n = step.prompt + completions
-    layer, (tower, block) = layer_bytes(qwen, step), tower_bytes(qwen, step)
-    kept_per_layer = n * text.hidden_size * size if step.gradient_checkpointing else layer
-    last = n * text.hidden_size * (4 + size) + completions * text.hidden_size * size
-    kept = text.num_hidden_layers * kept_per_layer + tower + last
+    size, h = step.number_bytes, shape.text.hidden_size
+    n = step.prompt + step.completions
+    layer = layer_bytes(shape, step)
+    tower, block = tower_bytes(shape, step)
+    kept_per_layer = n * h * size if step.gradient_checkpointing else layer
+    last = n * h * (4 + size) + step.completions * h * size
     temporaries = 2 if step.lora_rank else 3
-    at_work = layer + temporaries * size * n * text.intermediate_size
-    block_at_work = block + 3 * size * math.prod(step.grid) * qwen.vision_config.intermediate_size
-    return kept, max(at_work, block_at_work)
+    layer += temporaries * size * n * shape.text.intermediate_size
+    block += 3 * size * math.prod(step.grid) * shape.vision.intermediate_size
+    return shape.text.num_hidden_layers * kept_per_layer + tower + last, max(layer, block)
 
 
-def memory(qwen: Qwen2_5_VLConfig, step: Step) -> dict[str, dict[str, float]]:
+def memory(shape: Shape, step: Step) -> dict[str, dict[str, float]]:
     """{phase: {component: bytes}} on one GPU. "always" adds to each of the others."""
-    sizes, gpus = parameters(qwen), step.gpus
-    total = sizes["total"]
     if step.lora_rank:
-        largest_unit, root_unit = adapter_parameters(qwen, step.lora_rank), 0
-        spread = trained = qwen.text_config.num_hidden_layers * largest_unit
-        always = {"frozen weights, bf16": 2 * total, "adapters, fp32": 4 * spread / gpus}
+        root, unit = 0, step.lora_rank * shape.layer_widths     # adapters of one layer are what FSDP gathers as one
+        spread = trained = shape.text.num_hidden_layers * unit
+        always = {"frozen weights, bf16": 2 * shape.total, "adapters, fp32": 4 * spread / step.gpus}
     else:
-        spread, trained, root_unit = total, total, sizes["embeddings"] + sizes["head"]
-        largest_unit = max(sizes["layer"], root_unit, sizes["vision"])      # of what FSDP gathers as one
+        root, unit = shape.root, max(shape.layer, shape.root, shape.tower)
+        spread = trained = shape.total
         if step.freeze_vision:
-            trained = total - sizes["vision"]
-            largest_unit = max(sizes["layer"], root_unit)
-        always = {"master weights, fp32": 4 * spread / gpus}
-    always["AdamW states, fp32"] = 8 * trained / gpus
-    always["gradients, fp32"] = 4 * trained / gpus
+            trained -= shape.tower
+            unit = max(shape.layer, shape.root)
+        always = {"master weights, fp32": 4 * spread / step.gpus}
+    always["AdamW states, fp32"] = 8 * trained / step.gpus
+    always["gradients, fp32"] = 4 * trained / step.gpus
     if step.reference and not step.lora_rank:
-        always["reference, bf16"] = 2 * total / gpus
+        always["reference, bf16"] = 2 * shape.total / step.gpus
 
-    sampling = {"gathered weights, bf16": 2 * spread, "KV cache": step.prompts * cache_bytes(qwen, step)}
+    sampling = {"gathered weights, bf16": 2 * spread, "KV cache": step.prompts * cache_bytes(shape, step)}
     if not step.lora_rank:
-        sampling["q, k, v weights joined"] = joined_bytes(qwen, step.number_bytes)
-    sampling["one layer at work"] = step.prompts * work_bytes(qwen, step.prompt)
+        sampling["q, k, v weights joined"] = joined_bytes(shape, step.number_bytes)
+    sampling["one layer at work"] = step.prompts * work_bytes(shape, step.prompt)
 
-    kept, layer_at_work = activation_bytes(qwen, step)
-    logits = step.prompts * step.group_size * step.tokens * qwen.text_config.vocab_size
+    kept, layer_at_work = activation_bytes(shape, step)
+    logits = step.prompts * step.completions * shape.text.vocab_size
     after = 3 * 4 * min(logits, model.LOGITS_AT_ONCE)           # log-softmax and two gradients
     if step.gradient_checkpointing:
         after = max(after, step.prompts * layer_at_work)        # later, a layer's own
     scoring = {"activations": step.prompts * kept, "logits, then a layer": after,
-               "gathered units, bf16": 2 * (root_unit + 2 * largest_unit),
-               "largest unit's gradient": 6 * largest_unit}
+               "gathered units, bf16": 2 * (root + 2 * unit), "largest unit's gradient": 6 * unit}
     return {"always": always, "sampling": sampling, "scoring": scoring,
-            "optimizer": {"AdamW's temporaries": 4 * trained / gpus}}
+            "optimizer": {"AdamW's temporaries": 4 * trained / step.gpus}}
 
 
 def peak(components: dict[str, dict[str, float]]) -> float:
@@ -317,16 +326,13 @@ def peak(components: dict[str, dict[str, float]]) -> float:
     return always + max(sums.values())
 
 
-def largest_group(estimate: Estimate, gradient_checkpointing: bool) -> str:
+def largest_group(estimated: Estimate, gradient_checkpointing: bool) -> str:
     """The largest group that fits, in words."""
-    step = replace(estimate.step, gradient_checkpointing=gradient_checkpointing)
-    largest = 0
-    for size in range(2, LARGEST_GROUP + 1):
-        if peak(memory(estimate.qwen, replace(step, group_size=size))) <= estimate.room:
-            largest = size
-    if largest == LARGEST_GROUP:
-        return f"{largest} or more"
-    return str(largest) if largest else "none"
+    step = replace(estimated.step, gradient_checkpointing=gradient_checkpointing)
+    for size in range(LARGEST_GROUP, 1, -1):
+        if peak(memory(estimated.shape, replace(step, group_size=size))) <= estimated.room:
+            return f"{size} or more" if size == LARGEST_GROUP else str(size)
+    return "none"
 
 
 def check_flags(config: Config) -> None:
@@ -336,6 +342,11 @@ def check_flags(config: Config) -> None:
     if config.group_size < 2:
         raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
     lora.check_rank(config.lora_rank)
+
+
+@lru_cache
+def shape_of_model(name: str) -> Shape:
+    return shape_of(config_of(name))
 
 
 def config_of(name: str) -> Qwen2_5_VLConfig:
@@ -359,27 +370,27 @@ def usual_prompt(seconds: float, total_pixels: int, text: int) -> tuple[int, tup
 def estimate(config: Config) -> Estimate:
     """All that `report` says of a training run. Raises ValueError for flags or a model that cannot be used."""
     check_flags(config)
-    qwen = config_of(config.model)
+    shape = shape_of_model(config.model)
     prompt, grid = usual_prompt(config.seconds, config.total_pixels, config.text_tokens)
     prompts = math.ceil(config.prompts_per_step / config.gpus)
     at_once = min(config.micro_batch_size or prompts, prompts)
     step = Step(prompt, grid, config.group_size, config.max_tokens, at_once, config.gpus, config.beta > 0,
                 config.freeze_vision, config.lora_rank, config.gradient_checkpointing, config.num_iterations)
-    phases, components = operations(qwen, step), memory(qwen, step)
+    phases, components = operations(shape, step), memory(shape, step)
     seconds = {}
     for phase, counts in phases.items():
         seconds[phase] = prompts * sum(counts.values()) / (config.tflops * 1e12)
-    batches = math.ceil(prompts / at_once)
-    seconds["decode"] = max(seconds["decode"], batches * config.max_tokens * token_seconds(qwen))
+    tokens = math.ceil(prompts / at_once) * config.max_tokens
+    seconds["decode"] = max(seconds["decode"], tokens * token_seconds(shape))
     if config.gradient_checkpointing:                       # one more forward pass
         seconds["policy"] *= 1 + 1 / (2 if config.lora_rank else 3)
     hours = sum(seconds.values()) * config.samples / config.prompts_per_step / 3600
     room = config.gpu_memory * 1e9 - LIBRARIES
-    return Estimate(qwen, step, prompts, components, phases, seconds, peak(components), room, hours)
+    return Estimate(shape, step, prompts, components, phases, seconds, peak(components), room, hours)
 
 
 def report_memory(config: Config, estimated: Estimate) -> list[str]:
-    """Lines: memory per GPU by component, GB of 10^9 bytes, the largest group, and how much can be sampled at once."""
+    """Lines: memory per GPU by component, GB of 10^9 bytes, the largest group, and what evaluation has room for."""
     lines = ["GB per GPU"]
     for phase, sizes in estimated.memory.items():
         for component, size in sizes.items():
@@ -387,45 +398,39 @@ def report_memory(config: Config, estimated: Estimate) -> list[str]:
     lines.append(f"  {'at most':10} {'always + largest phase':26}{estimated.peak / 1e9:8.2f}, "
                  f"and {LIBRARIES / 1e9:g} for CUDA")
     verdict = "fits" if estimated.peak <= estimated.room else "DOES NOT FIT"
-    verdict += f" into {config.gpu_memory:g} GB; the largest group that fits: "
-    verdict += largest_group(estimated, config.gradient_checkpointing)
+    groups = largest_group(estimated, config.gradient_checkpointing)
     if not config.gradient_checkpointing:
-        verdict += f", with --gradient_checkpointing {largest_group(estimated, True)}"
-    lines.append(verdict)
-    qwen, step, sizes = estimated.qwen, estimated.step, estimated.memory
-    weights = sum(sizes["always"].values()) + sizes["sampling"]["gathered weights, bf16"]
-    prompts = prompts_that_fit(qwen, step, estimated.room - weights)
-    weights_alone = 2 * parameters(qwen)["total"]
-    queries = prompts_that_fit(qwen, replace(step, group_size=1), estimated.room - weights_alone)
-    lines.append(f"beside the weights {prompts * config.group_size} rows can be sampled at once, {prompts} prompts of "
-                 f"{config.group_size} (scoring may need more); in evaluation {queries} queries, if as long")
-    return lines
+        groups += f", with --gradient_checkpointing {largest_group(estimated, True)}"
+    queries = queries_that_fit(estimated.shape, estimated.step, estimated.room)
+    return [*lines, f"{verdict} into {config.gpu_memory:g} GB; the largest group that fits: {groups}",
+            f"evaluate.py has room for --batch_size {queries} of such prompts and completions"]
 
 
 def report(config: Config) -> str:
     """What it is estimated to take to train `config.model`, as text: memory, the largest group, operations, hours."""
     estimated = estimate(config)
-    qwen, step, sizes = estimated.qwen, estimated.step, parameters(estimated.qwen)
-    weights = f"{sizes['total'] / 1e9:.2f} billion weights, {sizes['vision'] / 1e9:.2f} in the vision tower"
+    shape, step = estimated.shape, estimated.step
+    weights = f"{shape.total / 1e9:.2f} billion weights, {shape.tower / 1e9:.2f} in the vision tower"
     if step.lora_rank:
-        learned = qwen.text_config.num_hidden_layers * adapter_parameters(qwen, step.lora_rank)
+        learned = shape.text.num_hidden_layers * step.lora_rank * shape.layer_widths
         weights += f"; {learned / 1e6:.1f} million in adapters of rank {step.lora_rank}, the only ones that learn"
-    frames, height, width = 2 * step.grid[0], step.grid[1] * model.PATCH, step.grid[2] * model.PATCH
+    t, h, w = step.grid
     lines = [f"{config.model}: {weights}",
              f"{step.gpus} GPU(s), {step.prompts} prompt(s) of {step.prompt} tokens at once ({config.seconds:g} s of "
-             f"video, {frames} frames of {width} x {height}), G = {step.group_size}, up to {step.tokens} tokens per "
-             "completion"]
+             f"video, {2 * t} frames of {w * model.PATCH} x {h * model.PATCH}), G = {step.group_size}, up to "
+             f"{step.tokens} tokens per completion"]
     if config.prompts_per_step % step.gpus:
         lines.append(f"train.py needs a --prompts_per_step that is a multiple of the GPUs, "
                      f"{estimated.prompts * step.gpus} instead of {config.prompts_per_step}")
-    lines += ["estimated from these shapes; nothing was run", "", *report_memory(config, estimated)]
-    count = sum(sum(counts.values()) for counts in estimated.operations.values()) * config.prompts_per_step
+    number = sum(sum(counts.values()) for counts in estimated.operations.values()) * config.prompts_per_step
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in estimated.seconds.items())
-    lines += ["", f"{count / 1e12:.0f} TFLOP per step, {phases}",
-              f"{estimated.hours:.0f} hours per epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s per GPU, "
-              f"weights read once per token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at "
-              f"most 312 and 1.6 to 2), and {KERNELS} kernels per layer and token launched in {LAUNCH * 1e6:g} us each "
-              "(measured on a CPU)"]
+    lines += ["estimated from these shapes; nothing was run", "",
+              *report_memory(config, estimated), "",
+              f"{number / 1e12:.0f} TFLOP per step, {phases}",
+              f"{estimated.hours:.0f} hours per epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s per "
+              f"GPU, weights read once per token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has "
+              f"at most 312 and 1.6 to 2), and {KERNELS} kernels per layer and token launched in {LAUNCH * 1e6:g} us "
+              "each (measured on a CPU)"]
     return "\n".join(lines)
 
 

@@ -1,259 +1,327 @@
-"""The shared-prefix forms against the plain, repeated ones; advantages and loss against the formulas by hand."""
+"""Advantages and loss by hand and against their published forms; log-probabilities against repeated prompts; rollouts;
+updates computed a second time."""
+import copy
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from conftest import random_completions, seeded
 from jaxtyping import TypeCheckError
+from oracles import published_loss, random_policy, random_prompts, repeated_logprobs
 
 import grpo
 import model
-from engine.sampling import draw_token
 
 
-def completions_of(policy, lengths, seed=1):
-    """Random completions (B, G, C) and their mask, of the given lengths [[...], [...]]; no forbidden tokens."""
-    lengths = torch.tensor(lengths)
-    generator = torch.Generator().manual_seed(seed)
-    allowed = torch.tensor([i for i in range(policy.qwen.lm_head.out_features) if i not in policy.forbidden])
-    ids = allowed[torch.randint(len(allowed), (*lengths.shape, int(lengths.max())), generator=generator)]
-    mask = (torch.arange(int(lengths.max())) < lengths[..., None]).long()
-    return ids * mask, mask
+@pytest.fixture
+def policy():
+    return random_policy()
 
 
-def repeated(policy, prompts, completions, mask, temperature):
-    """The oracle: every completion in a sequence of its own behind its own copy of the prompt and the video, through
-    transformers' own forward pass, log-softmax over the whole vocabulary."""
-    out = torch.zeros(mask.shape, dtype=torch.float64)
-    for b, prompt in enumerate(prompts):
-        for g in range(completions.shape[1]):
-            tokens = completions[b, g][mask[b, g].bool()]
-            after = prompt.positions.max() + 1 + torch.arange(len(tokens))
-            ids = torch.cat([prompt.ids, tokens])[None]
-            logits = policy.qwen(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=prompt.patches.double(),
-                position_ids=torch.cat([prompt.positions, after.expand(3, -1)], 1)[:, None],
-                video_grid_thw=prompt.grid[None]).logits[0] / temperature
-            logits[:, policy.forbidden] = -torch.inf
-            logp = logits.log_softmax(-1)[len(prompt.ids) - 1:-1]
-            out[b, g, :len(tokens)] = logp.gather(1, tokens[:, None])[:, 0]
-    return out
+@pytest.fixture(scope="module")
+def prompts():
+    return random_prompts(2)
 
 
-@pytest.mark.parametrize("chunk", [model.LOGITS_AT_ONCE, 2000])     # in one piece, and a few tokens at a time
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_shared_prefix_equals_repeated(tiny, prompts, chunk, temperature, monkeypatch):
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", chunk)
-    policy, _ = tiny
-    completions, mask = completions_of(policy, [[5, 1, 7], [2, 6, 3]])
-    weight = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    results = []
-    for form in (grpo.logprobs, repeated):
-        policy.zero_grad()
-        logp = form(policy, prompts, completions, mask, temperature)
-        (logp * weight * mask).sum().backward()
-        results.append((logp.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
-    (shared, shared_grads), (plain, plain_grads) = results
-    assert (shared[mask == 0] == 0).all()
-    torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-6)         # transformers' norms compute in fp32
-    assert len(shared_grads) == len(plain_grads) > 30
-    for a, b in zip(shared_grads, plain_grads):
-        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
-
-
-def test_completion_does_not_see_its_neighbours(tiny, prompts):
-    policy, _ = tiny
-    completions, mask = completions_of(policy, [[5, 4], [5, 4]])
-    changed = completions.clone()
-    changed[:, 1, :4] = changed[:, 1, :4].flip(-1)
-    with torch.no_grad():
-        before, after = (grpo.logprobs(policy, prompts, c, mask) for c in (completions, changed))
-    torch.testing.assert_close(before[:, 0], after[:, 0], rtol=1e-6, atol=1e-7)
-    assert (before[:, 1] - after[:, 1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_logprob_equals_scored(tiny, prompts, temperature):
-    policy, encoder = tiny
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    rollouts = grpo.rollout(policy, prompts, 4, 12, encoder.stop_ids, generators, temperature)
-    with torch.no_grad():
-        scored = grpo.logprobs(policy, prompts, rollouts.completions, rollouts.mask, temperature)
-    torch.testing.assert_close(scored.float(), rollouts.logprobs, rtol=1e-4, atol=1e-5)
-    assert not torch.isin(rollouts.completions[rollouts.mask.bool()], torch.tensor(policy.forbidden)).any()
-
-
-def test_sampling_depends_on_the_prompts_own_generator_only(tiny, prompts):
-    policy, encoder = tiny
-    seeded = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
-    both = grpo.rollout(policy, prompts, 3, 8, encoder.stop_ids, seeded())
-    for row, prompt in enumerate(prompts):
-        alone = grpo.rollout(policy, [prompt], 3, 8, encoder.stop_ids, [seeded()[row]])
-        width = min(alone.mask.shape[-1], both.mask.shape[-1])
-        assert torch.equal(alone.completions[0, :, :width], both.completions[row, :, :width])
-    assert len({tuple(c.tolist()) for c in both.completions.flatten(0, 1)}) > 1      # not one completion G times
-
-
-def test_sample_follows_the_softmax():
-    logits = torch.tensor([0.0, -torch.inf, math.log(3.0), math.log(4.0)])
-    uniform = (torch.arange(8000) + 0.5) / 8000
-    counts = torch.bincount(draw_token(logits.expand(8000, -1), uniform), minlength=4)
-    assert counts.tolist() == [1000, 0, 3000, 4000]
-    edges = torch.tensor([0.0, 1 - 2 ** -24])                               # the least and the largest torch.rand
-    assert draw_token(logits.expand(2, -1), edges).tolist() == [0, 3]
-    assert draw_token(logits[None], None).tolist() == [3]
-
-
-def test_greedy_equals_plain_decoding(tiny, prompts):
-    """Every token is the likeliest of the whole vocabulary under transformers' own forward pass."""
-    policy, encoder = tiny
-    rollouts = grpo.rollout(policy, prompts, 1, 6, encoder.stop_ids)
-    allowed = [i for i in range(policy.qwen.lm_head.out_features) if i not in policy.forbidden]
-    for b, prompt in enumerate(prompts):
-        tokens = rollouts.completions[b, 0][rollouts.mask[b, 0].bool()]
-        for c in range(len(tokens)):
-            ids = torch.cat([prompt.ids, tokens[:c]])[None]
-            after = prompt.positions.max() + 1 + torch.arange(c)
-            with torch.no_grad():
-                logits = policy.qwen(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=prompt.patches.double(),
-                    position_ids=torch.cat([prompt.positions, after.expand(3, -1)], 1)[:, None],
-                    video_grid_thw=prompt.grid[None]).logits[0, -1]
-            assert int(tokens[c]) == allowed[int(logits[allowed].argmax())]
-
-
-def test_mask_ends_with_the_stop_token(tiny, prompts):
-    policy, _ = tiny
-    generators = lambda: [torch.Generator().manual_seed(i) for i in range(2)]
-    free = grpo.rollout(policy, prompts, 4, 20, [], generators())
-    assert free.mask.all() and free.mask.shape[-1] == 20
-    stops = free.completions[:, :, 3].unique().tolist()                     # so that every row stops by then
-    rollouts = grpo.rollout(policy, prompts, 4, 20, stops, generators())
-    assert rollouts.mask.shape[-1] <= 4                                     # no work after the last row stopped
-    for ids, mask in zip(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1)):
-        length = int(mask.sum())
-        assert mask[:length].all() and ids[length - 1] in torch.tensor(stops)
-        assert not torch.isin(ids[:length - 1], torch.tensor(stops)).any()
-
+# Advantages, Eq. 3
 
 def test_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.5, 0.5, 0.5, 0.5]])
-    std = math.sqrt((4 + 1 + 0 + 9) / 3)                                    # mean 3, unbiased
-    expected = [(r - 3) / (std + 1e-4) for r in (1, 2, 3, 6)]
-    torch.testing.assert_close(grpo.advantages(rewards), torch.tensor([expected, [0.0] * 4]))
-    assert (grpo.advantages(torch.full((1, 8), 1.6153846)) == 0).all()      # whose fp32 mean is another number
+    """Each group on its own: mean 3 and unbiased std; a group of equal rewards, whose fp32 mean is another number."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [1.6153846] * 4])
+    std = math.sqrt((4 + 1 + 0 + 9) / 3)
+    expected = torch.tensor([[(reward - 3) / (std + 1e-4) for reward in (1, 2, 3, 6)], [0] * 4])
+    torch.testing.assert_close(grpo.advantages(rewards), expected)
+    unscaled = torch.tensor([[-2.0, -1, 0, 3], [0] * 4])
+    torch.testing.assert_close(grpo.advantages(rewards, scale=False), unscaled)
+    assert (grpo.advantages(torch.full((1, 8), 1.6153846)) == 0).all()
 
 
-def test_advantages_without_a_scale():
-    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.7, 0.7, 0.7, 0.7]])
-    torch.testing.assert_close(grpo.advantages(rewards, scale=False), torch.tensor([[-2.0, -1, 0, 3], [0] * 4]))
+# The loss, Eq. 4
 
-
-def test_groups_are_normalised_on_their_own():
-    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
-    other = rewards.clone()
-    other[1] += torch.arange(5)
-    assert torch.equal(grpo.advantages(rewards)[[0, 2]], grpo.advantages(other)[[0, 2]])
+def k3(log_ratio):
+    return math.exp(log_ratio) - log_ratio - 1
 
 
 def test_loss_by_hand():
-    logp = torch.tensor([[[-1.0, -2.0], [-0.5, 9.0]]])                      # the 9 is padding
-    old, ref = torch.tensor([[[-1.2, -2.0], [-0.5, 7.0]]]), torch.tensor([[[-1.0, -1.5], [-0.7, 3.0]]])
-    mask, advantage = torch.tensor([[[1, 1], [1, 0]]]), torch.tensor([[2.0, -1.0]])
-    k3 = lambda difference: math.exp(difference) - difference - 1
+    logprobs = torch.tensor([[[-1.0, -2.0], [-0.5, 9.0]]])                  # the 9 is padding
+    old = torch.tensor([[[-1.2, -2.0], [-0.5, 7.0]]])
+    ref = torch.tensor([[[-1.0, -1.5], [-0.7, 3.0]]])
+    mask, advantages = torch.tensor([[[1, 1], [1, 0]]]), torch.tensor([[2.0, -1.0]])
     first = ((math.exp(0.2) * 2 - 0.1 * k3(0.0)) + (1 * 2 - 0.1 * k3(0.5))) / 2
     second = 1 * -1 - 0.1 * k3(-0.2)
-    loss, kl, _ = grpo.loss(logp, old, ref, advantage, mask, beta=0.1, total=2)
+    loss, kl, clip_fraction = grpo.loss(logprobs, old, ref, advantages, mask, beta=0.1,
+                                        num_completions=2)
     assert loss.item() == pytest.approx(-(first + second) / 2, rel=1e-6)
     assert kl.item() == pytest.approx(((k3(0.0) + k3(0.5)) / 2 + k3(-0.2)) / 2, rel=1e-6)
+    assert clip_fraction == 0
 
 
-def test_loss_equals_the_published_form():
-    """TRL's loss_type="grpo": -(exp(lp - lp.detach()) * A - beta * kl), mean over tokens, then over completions."""
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+def test_losses_equal_their_published_forms(loss_type):
+    """Values and gradients, with tokens that are clipped on both sides; two parts, of a prompt each, add up."""
     generator = torch.Generator().manual_seed(0)
-    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
-    ref, advantage = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, generator=generator)
-    mask = (torch.arange(5) < torch.tensor([[5, 1, 3], [2, 4, 5]])[..., None]).long()
-    flat, flat_ref, flat_mask = logp.flatten(0, 1), ref.flatten(0, 1), mask.flatten(0, 1)
-    kl = torch.exp(flat_ref - flat) - (flat_ref - flat) - 1
-    per_token = -(torch.exp(flat - flat.detach()) * advantage.flatten()[:, None] - 0.04 * kl)
-    published = ((per_token * flat_mask).sum(1) / flat_mask.sum(1)).mean()
-    ours, *_ = grpo.loss(logp, logp.detach(), ref, advantage, mask, 0.04, 6)
-    gradients = [torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (ours, published)]
-    torch.testing.assert_close(ours, published)
+    logprobs, old, ref = torch.randn(3, 2, 3, 5, generator=generator, dtype=torch.float64)
+    logprobs.requires_grad_()
+    advantages = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([[5, 1, 3], [2, 4, 5]])
+    mask = (torch.arange(5) < lengths[..., None]).long()
+    normalizer = {"grpo": None, "bnpo": 20.0, "dr_grpo": 12 * 6.0}[loss_type]
+    parts = []
+    for b in (slice(0, 1), slice(1, 2)):
+        parts.append(grpo.loss(logprobs[b], old[b], ref[b], advantages[b], mask[b], 0.04, 6,
+                               normalizer, 0.2))
+    ours = [sum(column) for column in zip(*parts)]
+    theirs = published_loss(loss_type, logprobs, old, ref, advantages, lengths, 0.04, 0.2, 12)
+    torch.testing.assert_close(ours, list(theirs), check_dtype=False)
+    assert 0.1 < ours[2] < 0.9
+    gradients = [torch.autograd.grad(loss, logprobs)[0] for loss in (ours[0], theirs[0])]
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo"])
-def test_losses_equal_their_published_forms(kind):
-    """GRPO: the mean over i of 1/|o_i| sum_t; token-level: 1/sum |o_i| sum_it; Dr. GRPO: the mean over i of sum_t / the
-    longest. The gain is PPO's min(r A, clip(r) A); in two parts, of a prompt each, all add up."""
-    generator = torch.Generator().manual_seed(0)
-    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
-    old, ref = (torch.randn(2, 3, 5, generator=generator) for _ in range(2))
-    advantage, lengths = torch.randn(2, 3, generator=generator), torch.tensor([[5, 1, 3], [2, 4, 5]])
-    mask, sums, clipped, longest, eps = (torch.arange(5) < lengths[..., None]).long(), [], [], 12, 0.2
-    for b, g in [(b, g) for b in range(2) for g in range(3)]:
-        size, a, tokens = lengths[b, g], advantage[b, g], []
-        for t in range(size):
-            r, u = (logp[b, g, t] - old[b, g, t]).exp(), ref[b, g, t] - logp[b, g, t]
-            tokens.append(min(r * a, r.clamp(1 - eps, 1 + eps) * a) - 0.04 * (u.exp() - u - 1))
-        sums.append(-sum(tokens))
-        away = (logp - old).exp()[b, g, :size]
-        clipped.append((away > 1 + eps if a > 0 else away < 1 - eps).float().mean())
-    divisor = {"grpo": lengths.flatten(), "bnpo": lengths.sum() / 6, "dr_grpo": longest}[kind]
-    published = (torch.stack(sums) / divisor).mean()
-    tokens = {"grpo": None, "bnpo": 20.0, "dr_grpo": longest * 6.0}[kind]
-    parts = [grpo.loss(logp[b], old[b], ref[b], advantage[b], mask[b], 0.04, 6, tokens, eps)
-             for b in (slice(0, 1), slice(1, 2))]
-    ours = sum(part[0] for part in parts)
-    torch.testing.assert_close(ours, published)
-    torch.testing.assert_close(*(torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (ours, published)))
-    assert sum(part[2] for part in parts).item() == pytest.approx(np.mean(clipped)) and 0.1 < np.mean(clipped) < 0.9
-
-
-def test_clipping_changes_no_bit_of_a_first_update():
-    generator = torch.Generator().manual_seed(0)
-    logp = torch.randn(2, 3, 5, generator=generator).requires_grad_()
-    args = None, torch.randn(2, 3, generator=generator), torch.ones(2, 3, 5).long(), 0.0, 6, None
-    one, other = (grpo.loss(logp, logp.detach(), *args, clip)[0] for clip in (0.2, math.inf))
-    gradients = [torch.autograd.grad(loss, logp)[0] for loss in (one, other)]
-    plain = -(torch.exp(logp - logp.detach()) * args[1][..., None] * (args[2] / (5 * 6))).sum()
-    assert one == other == plain and torch.equal(*gradients)
-    assert torch.equal(gradients[0], torch.autograd.grad(plain, logp)[0])
-
-
-def test_first_step_is_the_policy_gradient():
-    """Ratio 1: the loss is minus the mean advantage, the gradient of a token -A / (tokens * completions)."""
-    logp = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    mask = torch.tensor([[[1, 1, 1, 0], [1, 1, 0, 0]]])                     # the last 1 of a row is its stop token
-    loss, kl, _ = grpo.loss(logp, logp.detach(), None, torch.tensor([[1.5, -0.5]]), mask, 0.04, 2)
-    loss.backward()
-    assert loss.item() == pytest.approx(-(1.5 - 0.5) / 2, abs=1e-6) and kl.item() == 0
-    expected = torch.tensor([[[-1.5 / 6, -1.5 / 6, -1.5 / 6, 0], [0.5 / 4, 0.5 / 4, 0, 0]]])
-    torch.testing.assert_close(logp.grad, expected)
-
-
-def test_training_on_one_batch_raises_the_rewarded_completion(tiny, prompts):
-    policy, _ = tiny
-    completions, mask = completions_of(policy, [[6, 4], [5, 6]])
-    advantage = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * 0.7
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
-    old = grpo.logprobs(policy, prompts, completions, mask).detach()
-    losses = []
-    for _ in range(5):
-        logp = grpo.logprobs(policy, prompts, completions, mask)
-        loss, *_ = grpo.loss(logp, old, old, advantage, mask, 0.01, 4)
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
-    gain = (grpo.logprobs(policy, prompts, completions, mask) - old).sum(-1)
-    assert ((gain > 0) == (advantage > 0)).all()
-
-
 def test_shapes_are_checked_while_tests_run():
-    logp, old, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.ones(1, 2, 3).long()
-    with pytest.raises(TypeCheckError, match="old_logp"):
-        grpo.loss(logp, old, None, torch.zeros(1, 2), mask, 0.0, 2)
+    logprobs, old, mask = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.ones(1, 2, 3).long()
+    with pytest.raises(TypeCheckError, match="old_logprobs"):
+        grpo.loss(logprobs, old, None, torch.zeros(1, 2), mask, 0.0, 2)
+
+
+# Log-probabilities
+
+@pytest.mark.parametrize("temperature, chunk", [(1.0, model.LOGITS_AT_ONCE), (0.7, 700)])
+def test_shared_prefix_equals_repeated(policy, prompts, temperature, chunk, monkeypatch):
+    """Values and all gradients; logits in one piece, and those of seven tokens at a time."""
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", chunk)
+    completions, mask = random_completions(policy, [[5, 1, 7], [2, 6, 3]])
+    weight = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    values, gradients = [], []
+    for form in (grpo.logprobs, repeated_logprobs):
+        policy.zero_grad()
+        logprobs = form(policy, prompts, completions, mask, temperature)
+        (logprobs * weight).sum().backward()
+        values.append(logprobs.detach())
+        gradients.append({name: each.grad for name, each in policy.named_parameters()})
+    assert (values[0][mask == 0] == 0).all()
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)               # transformers' norms compute in fp32
+    for name, ours in gradients[0].items():
+        theirs = gradients[1][name]
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9, name
+
+
+# Rollouts
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprob_equals_scored(policy, prompts, temperature):
+    rollouts = grpo.sample(policy, prompts, 4, 12, [5, 6, 7], seeded(2), temperature)
+    with torch.no_grad():
+        scored = grpo.logprobs(policy, prompts, rollouts.completions, rollouts.mask, temperature)
+    torch.testing.assert_close(scored.float(), rollouts.logprobs, rtol=1e-4, atol=1e-5)
+    assert not torch.isin(rollouts.completions, torch.tensor(policy.forbidden)).any()
+
+
+def test_sampling_depends_on_the_prompts_own_generator_only(policy, prompts):
+    both = grpo.sample(policy, prompts, 3, 8, [], seeded(2))
+    for b, prompt in enumerate(prompts):
+        alone = grpo.sample(policy, [prompt], 3, 8, [], [seeded(2)[b]])
+        assert torch.equal(alone.completions[0], both.completions[b])
+    same_prompt = grpo.sample(policy, [prompts[0]] * 2, 3, 8, [], seeded(2))
+    different = {tuple(row) for row in same_prompt.completions.flatten(0, 1).tolist()}
+    assert len(different) == 6
+
+
+def test_mask_ends_with_the_stop_token(policy, prompts):
+    free = grpo.sample(policy, prompts, 4, 20, [], seeded(2))
+    assert free.mask.all() and free.mask.shape[-1] == 20
+    stops = free.completions[:, :, 3].unique()                              # so that every row stops by then
+    rollouts = grpo.sample(policy, prompts, 4, 20, stops.tolist(), seeded(2))
+    assert rollouts.mask.shape[-1] <= 4                                     # no work after the last row stopped
+    for ids, mask in zip(rollouts.completions.flatten(0, 1), rollouts.mask.flatten(0, 1)):
+        length = int(mask.sum())
+        assert mask[:length].all() and ids[length - 1] in stops
+        assert not torch.isin(ids[:length - 1], stops).any() and not ids[length:].any()
+
+
+def test_micro_batches_sample_what_one_batch_samples(policy):
+    """In three parts of different lengths; `split` gives each part back, as long as its own longest completion."""
+    prompts = random_prompts(5)
+    free = grpo.sample(policy, prompts, 2, 9, [], seeded(5))
+    stops = [*free.completions[:2, :, 1].flatten().tolist(), *free.completions[2, :, 4].tolist()]
+    whole = grpo.sample(policy, prompts, 2, 9, stops, seeded(5))
+    joined = grpo.rollout(policy, prompts, 2, seeded(5), stops, 9, micro_batch_size=2)
+    assert joined.prompts == prompts
+    assert torch.equal(joined.completions, whole.completions) and torch.equal(joined.mask, whole.mask)
+    torch.testing.assert_close(joined.logprobs, whole.logprobs)
+
+    parts = joined.split(2)
+    assert [len(part.prompts) for part in parts] == [2, 2, 1]
+    lengths = [part.mask.shape[-1] for part in parts]
+    assert lengths == [int(part.mask.sum(-1).max()) for part in parts] and len(set(lengths)) > 1
+    again = grpo.join(parts)
+    for name in ("completions", "mask", "logprobs"):
+        assert torch.equal(getattr(again, name), getattr(joined, name))
+    everything, = joined.split(9)
+    assert len(everything.prompts) == 5
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_tower_sees_each_video_once(policy, prompts, frozen):
+    """Sampling, scoring and an update. A tower that learns sees it in each, and gets a gradient."""
+    prompts = [replace(prompts[0], key=("a",)), replace(prompts[1], key=("b",)),
+               replace(prompts[0], key=("a",))]
+    assert not policy.vision_is_frozen
+    policy.qwen.model.visual.requires_grad_(not frozen)
+    assert policy.vision_is_frozen == frozen
+    grids = []
+    policy.qwen.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: grids.append(len(kwargs["grid_thw"])), with_kwargs=True)
+    rollouts = grpo.rollout(policy, prompts, 2, seeded(3), [], 4)
+    advantages = torch.tensor([[1.0, -1.0]] * 3)
+    before = copy.deepcopy(policy.qwen.model.visual.state_dict())
+    update(policy, rollouts, advantages)
+    after = policy.qwen.model.visual.state_dict()
+    assert grids == ([2] if frozen else [2, 3])
+    assert all(torch.equal(before[name], after[name]) for name in before) == frozen
+
+
+# Updates
+
+DEFAULTS = dict(beta=0.0, loss_type="grpo", epsilon=0.2, num_iterations=1, max_tokens=8, temperature=1.0,
+                micro_batch_size=0)
+LENGTHS = torch.tensor([[5, 1, 8], [2, 6, 3]])
+ADVANTAGES = torch.tensor([[1.5, -0.5, -1.0], [0.2, 0.6, -0.8]])
+
+
+def update(policy, rollouts, advantages=ADVANTAGES, reference=None, **settings):
+    """grpo.update with an optimizer that moves the weights by minus their gradient, so that this can be seen."""
+    learning = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=1.0)
+    metrics = grpo.update(policy, reference, optimizer, rollouts, advantages, **(DEFAULTS | settings))
+    assert all(weight.grad is None for weight in learning)
+    return metrics
+
+
+@pytest.fixture
+def rollouts(policy, prompts):
+    """As if each token had been sampled with a log-probability that is 0.25 too high."""
+    completions, mask = random_completions(policy, LENGTHS)
+    with torch.no_grad():
+        sampled = repeated_logprobs(policy, prompts, completions, mask).float() + 0.25 * mask
+    return grpo.Rollouts(prompts, completions, mask, sampled)
+
+
+def repeated(policy, rollouts, temperature=1.0):
+    return repeated_logprobs(policy, rollouts.prompts, rollouts.completions, rollouts.mask, temperature)
+
+
+def step_by_hand(policy, loss):
+    """Minus the gradient, cut to the length 1, added to the weights; returns its length before."""
+    loss.backward()
+    norm = torch.cat([weight.grad.flatten() for weight in policy.parameters()]).norm()
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight -= weight.grad / max(norm, 1.0)
+    policy.zero_grad()
+    return norm.item()
+
+
+def assert_same_weights(one, other, before):
+    """And that they have changed."""
+    for name, weight in one.state_dict().items():
+        change, expected = weight - before[name], other.state_dict()[name] - before[name]
+        assert (change - expected).norm() <= 1e-4 * expected.norm() + 1e-9, name
+    assert any(not torch.equal(weight, before[name]) for name, weight in one.state_dict().items())
+
+
+def test_first_step_is_the_policy_gradient(policy, rollouts):
+    """The gradient is that of minus the mean of A * log pi, over the tokens up to and including the last one, then over
+    completions. The ratio is 1, so the loss is minus the mean advantage, and nothing is clipped."""
+    by_hand, before = copy.deepcopy(policy), copy.deepcopy(policy.state_dict())
+    metrics = update(policy, rollouts)
+    mean_logprobs = repeated(by_hand, rollouts).sum(-1) / LENGTHS                           # (B, G)
+    norm = step_by_hand(by_hand, -(ADVANTAGES * mean_logprobs).mean())
+    assert_same_weights(policy, by_hand, before)
+    expected = {"updates": 1, "kl": 0, "loss": -ADVANTAGES.mean().item(), "clipped": 0, "mismatch": 0.25,
+                "grad_norm": norm}
+    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert norm > 1     # so the gradient is cut
+
+
+@pytest.mark.parametrize("loss_type, micro_batch_size, temperature",
+                         [("grpo", 0, 1.0), ("grpo", 1, 0.7), ("bnpo", 1, 1.0), ("dr_grpo", 1, 1.0)])
+def test_updates_are_those_of_the_equations(policy, rollouts, loss_type, micro_batch_size, temperature):
+    """Three updates on one rollout, with a reference that differs. The ratio is to the policy before the first one. The
+    metrics are the last one's."""
+    reference = random_policy()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight += 0.1 * weight.abs().mean() * torch.randn(weight.shape, generator=seeded(1)[0])
+        ref_logprobs = repeated(reference, rollouts, temperature)
+        old = repeated(policy, rollouts, temperature)
+    by_hand, before = copy.deepcopy(policy), copy.deepcopy(policy.state_dict())
+    metrics = update(policy, rollouts, reference=reference.requires_grad_(False), beta=0.3,
+                     loss_type=loss_type, num_iterations=3, micro_batch_size=micro_batch_size,
+                     temperature=temperature)
+    for _ in range(3):
+        loss, kl, clip_fraction = published_loss(loss_type, repeated(by_hand, rollouts, temperature), old,
+                                                 ref_logprobs, ADVANTAGES, LENGTHS, 0.3, 0.2, 8)
+        norm = step_by_hand(by_hand, loss)
+    assert_same_weights(policy, by_hand, before)
+    assert kl > 0.01 and clip_fraction > 0.1
+    expected = {"updates": 3, "kl": kl.item(), "loss": loss.item(), "clipped": clip_fraction.item(),
+                "grad_norm": norm, "mismatch": metrics["mismatch"]}
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    if temperature == 1:
+        assert metrics["mismatch"] == pytest.approx(0.25, rel=1e-4)
+
+
+def other_process(monkeypatch, *messages):
+    """A second process, which says these things one after the other."""
+    left = list(messages)
+    monkeypatch.setattr(grpo, "gather", lambda mine: [*mine, left.pop(0)])
+
+
+@pytest.mark.parametrize("loss_type, divisor", [("grpo", 6 + 3), ("bnpo", 25 + 40), ("dr_grpo", 8 * (6 + 3))])
+def test_the_completions_and_tokens_of_all_processes_count(policy, rollouts, monkeypatch, loss_type, divisor):
+    """This process has 6 completions of 25 tokens, another one 3 of 40. FSDP averages the gradients of two processes,
+    so each is twice its share."""
+    other_process(monkeypatch, (3, 40, False), [0.5, 1.0, 0.25, 10.0])
+    by_hand, before = copy.deepcopy(policy), copy.deepcopy(policy.state_dict())
+    metrics = update(policy, rollouts, loss_type=loss_type)
+    per_token = ADVANTAGES[..., None] * repeated(by_hand, rollouts)
+    if loss_type == "grpo":
+        per_token = per_token / LENGTHS[..., None]
+    norm = step_by_hand(by_hand, -2 * per_token.sum() / divisor)
+    assert_same_weights(policy, by_hand, before)
+    weights = rollouts.mask / LENGTHS[..., None] if loss_type == "grpo" else rollouts.mask
+    loss = -(ADVANTAGES[..., None] * weights).sum().item() / divisor
+    expected = {"updates": 1, "loss": loss + 0.5, "kl": 1.0, "clipped": 0.25,
+                "mismatch": (0.25 * 25 + 10) / 65, "grad_norm": norm}
+    assert metrics == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_a_flat_batch_makes_no_update(policy, rollouts, monkeypatch):
+    """A process whose groups are flat takes part in the step of another one; one flat group of two changes nothing."""
+    before = copy.deepcopy(policy.state_dict())
+    flat = torch.zeros(2, 3)
+    metrics = update(policy, rollouts, flat, reference=random_policy(1), beta=0.1)
+    assert metrics["updates"] == 0 and metrics["loss"] is None and metrics["grad_norm"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    half = torch.stack([flat[0], ADVANTAGES[1]])
+    assert update(copy.deepcopy(policy), rollouts, half)["updates"] == 1
+    other_process(monkeypatch, (3, 40, True), [0.0] * 4)
+    assert update(policy, rollouts, flat)["updates"] == 1
+
+
+@pytest.mark.parametrize("bad_iteration", [0, 1])
+def test_no_step_from_the_first_metric_on_that_is_not_finite(policy, rollouts, monkeypatch, bad_iteration):
+    """Wherever it is: here on another process."""
+    sums = [[0.0] * 4 for _ in range(3)]
+    sums[bad_iteration][1] = math.nan
+    other_process(monkeypatch, (3, 40, True), *sums)
+    expected = copy.deepcopy(policy)
+    metrics = update(policy, rollouts, num_iterations=3)
+    assert metrics["updates"] == bad_iteration and math.isnan(metrics["kl"])
+    if bad_iteration:
+        other_process(monkeypatch, (3, 40, True), sums[0])
+        update(expected, rollouts)
+    weights = expected.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in policy.state_dict().items())
