@@ -44,7 +44,7 @@ MAX_GRAD_NORM = 1.0     # longer gradients are cut to this length, the usual val
 def advantages(rewards: Float[Tensor, "*B G"], scale: bool = True) -> Float[Tensor, "*B G"]:
     """Rewards normalised within their group (Eq. 3); without `scale` only their mean is subtracted. A group whose
     rewards are all equal gets zeros."""
-    # so that equal ones are 0 exactly: their fp32 mean may differ from them
+    # so that equal rewards become exactly 0: in fp32 the mean of equal numbers may differ from them
     rewards = rewards - rewards[..., :1]
     centred = rewards - rewards.mean(-1, keepdim=True)
     if not scale:
@@ -59,10 +59,11 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
          ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
     """(loss, KL, clip fraction): the negative of Eq. 4, the KL in it, and the share of tokens whose gain is clipped.
 
-    Each is a mean over a completion's tokens, then over `num_completions`, which counts the completions of the whole
-    batch, over all micro-batches and processes, so that losses and gradients add up. With a `normalizer` the loss alone
-    is the sum over all tokens divided by it: by the tokens of the whole batch (bnpo), or by num_completions times the
-    longest completion (dr_grpo). Without ref_logprobs there is no KL.
+    Each is a mean over a completion's tokens, then over completions. `num_completions` is the number of completions of
+    the whole batch, all micro-batches and processes together, so that losses and gradients of micro-batches add up.
+    With a `normalizer` the loss (but not KL and clip fraction) is the sum over all tokens divided by `normalizer`: the
+    number of tokens of the whole batch (bnpo), or num_completions times the longest completion (dr_grpo). Without
+    ref_logprobs there is no KL.
     """
     advantages = advantages[..., None]                              # (B, G, 1)
     ratio = torch.exp(logprobs - old_logprobs)                      # (B, G, C)
@@ -88,7 +89,7 @@ def loss(logprobs: Float[Tensor, "B G C"], old_logprobs: Float[Tensor, "B G C"],
 
 @dataclass(frozen=True)
 class Rollouts:
-    prompts: list[Prompt]               # B; with what a vision tower saw, where the tower is frozen
+    prompts: list[Prompt]               # B; with video_embeds where the vision tower is frozen
     completions: Int[Tensor, "B G C"]   # token ids; 0 after the end
     mask: Int[Tensor, "B G C"]          # 1 up to and including the stop token
     logprobs: Float[Tensor, "B G C"]    # of each token as it was sampled; 0 after the end
@@ -161,7 +162,7 @@ def sample(policy: Policy, prompts: list[Prompt], group_size: int, max_tokens: i
     mask = torch.zeros_like(completions)
     logprobs = torch.zeros(num_rows, max_tokens, device=device)
     stop = torch.tensor(stop_ids, device=device)
-    # rows that are still computed, as many of each prompt
+    # rows that are still computed, the same number for each prompt
     row = torch.arange(num_rows, device=device)
     # which of these have not stopped
     running = torch.ones(num_rows, dtype=torch.bool, device=device)
@@ -192,7 +193,7 @@ def first_positions(prompts: list[Prompt]) -> Int[Tensor, " B"]:
 
 def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B G C"],
              mask: Int[Tensor, "B G C"], temperature: float = 1.0) -> Float[Tensor, "B G C"]:
-    """log pi(o_t | prompt, o_<t) of completions, 0 where the mask is 0, as it may be only behind a completion's end.
+    """log pi(o_t | prompt, o_<t) of completions; 0 where the mask is 0, which it may be only after a completion's end.
     Logits are made only where the mask is 1.
     """
     batch = pack(policy, prompts)
@@ -207,8 +208,8 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
     batch["input_ids"] = torch.cat([batch["input_ids"], targets])   # (N,)
     batch["position_ids"] = torch.cat([batch["position_ids"], positions], dim=1)  # (3, N)
 
-    # A completion's first token is predicted behind the prompt, the others behind the token
-    # before them.
+    # The first token of a completion is predicted at the last token of the prompt, every other one
+    # at the token before it.
     before = torch.zeros_like(completions)                          # (B, G, C)
     before[is_token] = torch.arange(len(targets), device=device) + sum(lengths) - 1
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1       # (B,)
@@ -219,20 +220,29 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
     return zeros.masked_scatter(is_token, scores)
 
 
+def loss_normalizer(loss_type: str, num_completions: int, num_tokens: int,
+                    max_tokens: int) -> float | None:
+    """By what the sum over all tokens of the batch is divided; None: the mean of each completion comes first."""
+    if loss_type == "grpo":
+        return None
+    return {"bnpo": num_tokens, "dr_grpo": num_completions * max_tokens}[loss_type]
+
+
 def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
            rollouts: Rollouts, advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str,
            epsilon: float, max_tokens: int, num_iterations: int, temperature: float,
            micro_batch_size: int) -> dict[str, float | None]:
     """`num_iterations` AdamW steps on the loss (Eq. 3, 4) of the rollouts of all processes; returns the metrics of the
-    last one. A step of which a metric is not finite is left out, and so are those after it: all processes see the same
-    metrics. Without a reference there is no KL term; `max_tokens` is the normalizer of dr_grpo."""
+    last one. A step with a metric that is not finite is not taken, and neither are the steps after it. All processes
+    see the same metrics, so all stop at the same step. Without a reference there is no KL term; `max_tokens` is the
+    longest completion of dr_grpo."""
     counts = gather([(advantages.numel(), int(rollouts.mask.sum()), bool(advantages.any()))])
     num_completions, num_tokens, num_learning = (sum(column) for column in zip(*counts))
-    metrics = {"updates": 0, "grad_norm": 0.0, **dict.fromkeys(("loss", "kl", "clipped", "mismatch"))}
+    metrics = {"updates": 0, "grad_norm": 0.0,
+               **dict.fromkeys(("loss", "kl", "clipped", "mismatch"))}
     if num_learning == 0:                   # departure 5
         return metrics
-    longest_possible = max_tokens * num_completions
-    normalizer = {"grpo": None, "bnpo": num_tokens, "dr_grpo": longest_possible}[loss_type]
+    normalizer = loss_normalizer(loss_type, num_completions, num_tokens, max_tokens)
     size = micro_batch_size or len(rollouts.prompts)
     micro_batches = rollouts.split(size)
     advantages = advantages.to(rollouts.mask.device).split(size)

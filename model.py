@@ -7,7 +7,8 @@ project computes itself:
   floor(t * seconds_per_grid * tokens_per_second), on the others at its row and column; text after the video starts at
   the largest position in the video + 1. transformers >= 5.3 places that text elsewhere, so transformers' own positions
   are never used.
-- layout: which tokens see which. engine/attention.py packs the G completions of one prompt into one sequence with it.
+- layout: which tokens see which. With it, engine/attention.py packs prompts and their G completions into one
+  sequence.
 
 Departures from transformers: patches are cut here, in 20 lines, because the library's video processor needs torchvision
 and guesses the frame rate; the numbers are the same. Times are rounded down after adding 0.001, so that a frame rate's
@@ -44,7 +45,8 @@ PATCH, MERGE = 14, 2        # a patch is 14 x 14 pixels of 2 frames; 2 x 2 patch
 # of CLIP's training images, as Qwen2.5-VL's processor has them
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-PATCHES_AT_ONCE = 2 ** 15       # the vision tower, without gradient, starts no further video beyond
+# a pass of the vision tower without gradient takes no further video beyond
+PATCHES_AT_ONCE = 2 ** 15
 LOGITS_AT_ONCE = 2 ** 26        # scoring holds at most this many logits: 256 MB in fp32
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # some tokenizers have them as special tokens
@@ -110,8 +112,8 @@ class Encoder:
 
     @cached_property
     def special(self) -> dict[int, str]:
-        """Special tokens by id. The tags of the format are none, whatever the tokenizer says: instructions hold them,
-        and an answer without them earns nothing."""
+        """Special tokens by id. <think> and <answer> do not count as special, whatever the tokenizer says: prompts
+        contain them, and an answer without them earns nothing."""
         return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items()
                 if token.special and token.content not in TAGS}
 
@@ -151,7 +153,7 @@ class Encoder:
         before, _, after = self.apply_template(TEXT_MARK, tokenize=False).partition(TEXT_MARK)
         strings = [before]
         for piece in pieces:
-            if piece in special:        # cut in two it is no special token
+            if piece in special:        # cut in two, it is ordinary text
                 strings += [piece[:1], piece[1:]]
             else:
                 strings.append(piece)
@@ -183,8 +185,8 @@ def embed_patches(embed: nn.Module, patches: Float[Tensor, "N 1176"]) -> Float[T
 
 
 class Policy(nn.Module):
-    """Qwen2.5-VL with the one pass over its layers, `hidden`, that sampling and scoring share. The pass ends in one of
-    three ways, FORWARDS, which FSDP has to know, since it gathers weights when one of them is called.
+    """Qwen2.5-VL. `hidden` is the one pass over its layers that sampling and scoring share. FORWARDS names the methods
+    that compute with its weights; FSDP has to know them, since it gathers weights when one of them is called.
 
     Vision tokens have probability 0 in sampling and scoring: a policy that emits one breaks its next forward pass.
     """
@@ -201,7 +203,7 @@ class Policy(nn.Module):
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether the vision tower learns nothing, so that what it sees serves for sampling and scoring alike."""
+        """Whether the vision tower learns nothing, so that its output serves for sampling and for scoring."""
         return not any(weight.requires_grad for weight in self.qwen.model.visual.parameters())
 
     def watch(self, pixel_values_videos: Float[Tensor, "n 1176"],
@@ -214,8 +216,9 @@ class Policy(nn.Module):
                pixel_values_videos: Tensor | None = None, video_grid_thw: Tensor | None = None,
                video_embeds: Tensor | None = None,
                at: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n H"]:
-        """The last layer's output at the tokens `at`, or at all, of tokens which see each other as `layout` says. Their
-        videos come as patches (n, 1176) with a grid (videos, 3), or as what `watch` made of them."""
+        """The last layer's output at the tokens `at` (n, H), or at all tokens (N, H). `layout` says which tokens see
+        which. Videos come as patches (n, 1176) with their grids (videos, 3), or as the embeddings that `watch` made of
+        them."""
         if pixel_values_videos is not None:
             # FSDP's own version of `watch` would spread the root's weights again
             video_embeds = Policy.watch(self, pixel_values_videos, video_grid_thw)
@@ -239,12 +242,13 @@ class Policy(nn.Module):
         return logits.index_fill(-1, forbidden, -torch.inf)
 
     def logits(self, *tokens, temperature: float = 1.0, **videos) -> Float[Tensor, "n V"]:
-        """Logits of the token behind each of those that `hidden`, which gets the other arguments, returns."""
+        """Logits (n, V) of the token that follows each token whose output `hidden` returns. The other arguments are
+        those of `hidden`."""
         return self.head(self.hidden(*tokens, **videos), temperature)
 
     def start_decoding(self, packed: Packed, rows: int, start: Int[Tensor, " BR"],
                        max_tokens: int) -> Decoding:
-        """What samples behind prompts that a pass kept in `packed`; the arguments are those of sampling.Decoding."""
+        """A sampling.Decoding, which continues prompts whose keys and values a pass has kept in `packed`."""
         return Decoding(self.qwen.model.language_model, packed, rows, start, max_tokens)
 
     def next_logits(self, decoding: Callable, token: Int[Tensor, " BR"],
@@ -255,9 +259,9 @@ class Policy(nn.Module):
 
     def logprobs(self, *tokens, targets: Int[Tensor, " n"], temperature: float = 1.0,
                  **videos) -> Float[Tensor, " n"]:
-        """Log-probabilities of the tokens `targets`, one behind each of those that `hidden` returns. The vocabulary's
-        logits are made a chunk of tokens at a time, and again in the backward pass, so that n x V is never held whole.
-        """
+        """Log-probabilities of the tokens `targets`, each of which follows a token whose output `hidden` returns.
+        Logits are computed for one chunk of tokens at a time, and again in the backward pass, so that the logits
+        (n, V) are never held whole."""
         hidden = self.hidden(*tokens, **videos)                     # (n, H)
 
         def score(hidden: Float[Tensor, "chunk H"],
@@ -312,7 +316,7 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def groups_of_patches(prompts: dict[Any, Prompt]) -> list[dict[Any, Prompt]]:
-    """Prompts by key in groups for one pass of the vision tower each: a group is full once it has PATCHES_AT_ONCE."""
+    """Prompts by key in groups, one for each pass of the vision tower. A group is full once it has PATCHES_AT_ONCE."""
     groups, patches = [], PATCHES_AT_ONCE
     for key, prompt in prompts.items():
         if patches >= PATCHES_AT_ONCE:
@@ -353,14 +357,14 @@ def load(folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32, l
     forbidden = [vocabulary[token] for token in VISION_TOKENS if token in vocabulary]
     policy = Policy(qwen.to(device), forbidden)
     for weight in policy.parameters():
-        if weight.device.type == "cpu":     # else it lies in the file, and changes with that
+        if weight.device.type == "cpu":     # otherwise it stays mapped to the file
             weight.data = weight.data.clone()
     return policy, Encoder(tokenizer, qwen.config.vision_config.tokens_per_second, folder)
 
 
 def save(policy: Policy, encoder: Encoder, folder: str | Path) -> None:
     """Write a Hugging Face folder, whole or not at all; every process calls it, the first one writes. Of a policy
-    that learns adapters, the folder holds these alone, as peft stores them."""
+    that learns adapters, the folder holds only these, as peft stores them."""
     only_adapters = bool(lora.adapters(policy))
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_adapters)

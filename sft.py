@@ -132,7 +132,7 @@ def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     if config.batch_size < 1 or config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    check_numbers(config, "steps", "learning_rate", "total_pixels", "cache_gb", "video_timeout", "workers")
+    check_numbers(config, "steps", "learning_rate")
     lora.check(config.model)
     lora.check_flags(config)
 

@@ -8,12 +8,12 @@ reward them (Eq. 5-11), normalise within the group (Eq. 3), and take an AdamW st
 prepares its share of the prompts.
 
 Writes to --output: config.json, metrics.jsonl (one line per step), samples.jsonl (one completion of each group, with
-its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/ (docs/transformers.md says
-what other programs have to mind, such as transformers' own `generate`). With --eval_annotations also evaluations.jsonl,
-scores on held-out queries during training, and best/, the model with the highest mIoU of them.
+its reward), checkpoints/, and at the end the trained model as a Hugging Face folder, model/ (docs/transformers.md: what
+to know before other programs load it). With --eval_annotations it also writes evaluations.jsonl, the scores on held-out
+queries during training, and best/, the model with the highest of these mIoUs.
 
-With --resume the same command continues a run that was killed, and a run that has done its --steps writes model/ again:
-`--resume --steps 1` makes a Hugging Face folder of the newest checkpoint at any time.
+With --resume the same command continues a run that was killed. A run that has taken all its --steps only writes model/
+again; so `--resume --steps 1` turns the newest checkpoint into a Hugging Face folder at any time.
 
 Departures from the paper: the default learning rate (see Config), and those that grpo.py, tasks.py, rewards.py and
 engine/video.py list.
@@ -65,16 +65,17 @@ class Config(VideoFlags, AnswerFlags):
     loss_type: str = flag("grpo", "grpo: mean over a completion's tokens, then over completions; "
                                   "bnpo: over all tokens of the batch, as in the authors' trainer; "
                                   "dr_grpo: sum over tokens / --max_tokens, mean")
-    scale_rewards: str = flag("std", "std: advantages are divided by their group's (Eq. 3); none: "
-                                     "they are not")
-    num_iterations: int = flag(1, "AdamW steps per rollout; the paper's ratio and the clipping "
-                                  "count from the second on")
-    epsilon: float = flag(0.2, "a token whose ratio has gone further than this from 1 gains no "
+    scale_rewards: str = flag("std",
+                              "std: advantages are divided by the standard deviation of their "
+                                     "group's rewards (Eq. 3); none: they are not divided")
+    num_iterations: int = flag(1, "AdamW steps per rollout; ratio and clipping have an effect from "
+                                  "the second step on")
+    epsilon: float = flag(0.2, "a token whose ratio differs from 1 by more than this gains no "
                                "more; PPO's usual value")
     cosine_rewards: bool = flag(False, "pay an inversion task the similarity of its verbs in place "
                                        "of 0 or 1 (Table 3)")
-    vd_max_verbs: int = flag(0, "a description with more different verbs earns nothing in VD; 0: "
-                                "any number, as Eq. 7 is written, by which a list of 50 verbs "
+    vd_max_verbs: int = flag(0, "a description with more different verbs than this earns nothing "
+                                "in VD; 0: no limit, as in Eq. 7, under which a list of 50 verbs "
                                 "earns 0.96 on Charades-STA")
     temperature: float = flag(1.0, "of sampling and scoring alike, so that what is scored is what "
                                    "was sampled")
@@ -84,9 +85,9 @@ class Config(VideoFlags, AnswerFlags):
                              "rank, no dropout, --freeze_vision implied), for a fraction of the "
                              "memory; such as 16, with a --learning_rate ten times as large or "
                              "more. 0: train all weights")
-    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it "
-                                               "again: about a quarter more time in scoring, for "
-                                               "less memory; same result")
+    gradient_checkpointing: bool = flag(False, "keep fewer activations for the backward pass and "
+                                               "compute the others again: less memory, about a "
+                                               "quarter more time in scoring, the same result")
     eval_annotations: str = flag("", "annotation file of held-out queries, on which the model is "
                                      "scored during training; training is the same to the bit. "
                                      "Empty: none")
@@ -107,7 +108,7 @@ class Config(VideoFlags, AnswerFlags):
 def main(config: Config) -> None:
     rank, world, device = start_process()
     check_flags(config, world)
-    run = Run(config)       # refuses, before anything is loaded, a folder that it cannot go on with
+    run = Run(config)       # raises, before anything is loaded, when the folder cannot be continued
     samples, rejected = data.read(config.annotations, config.videos)
     pools = samples_by_task(config, samples)
     held_out = evaluate.HeldOut(config, run.output, run.step)
@@ -157,9 +158,8 @@ def main(config: Config) -> None:
 
 def check_flags(config: Config, world: int) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    check_numbers(config, "steps", "max_tokens", "temperature", "learning_rate", "total_pixels",
-                  "cache_gb",
-                  "video_timeout", "workers", "num_iterations", "epsilon", "eval_samples")
+    check_numbers(config, "steps", "temperature", "learning_rate", "num_iterations", "epsilon",
+                  "eval_samples")
     if config.eval_every and not config.eval_annotations:
         raise ValueError(f"--eval_every {config.eval_every}: give --eval_annotations, a file of "
                          "held-out queries, too")
@@ -183,7 +183,8 @@ def check_flags(config: Config, world: int) -> None:
 
 
 def samples_by_task(config: Config, samples: list[data.Sample]) -> dict[str, list[data.Sample]]:
-    """The samples that each task which may be drawn can use. Raises ValueError when there are none for a task."""
+    """{task: the samples that the task can use}, for each task that may be drawn. Raises ValueError when there are
+    none."""
     names = list(config.tasks) if config.tvg_prob < 1 else []
     if config.tvg_prob > 0:
         names.append("TVG")
@@ -197,7 +198,8 @@ def samples_by_task(config: Config, samples: list[data.Sample]) -> dict[str, lis
 
 def load_models(config: Config,
                 device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
-    """(policy, reference or None, encoder), spread over the processes. With adapters one model is both."""
+    """(policy, reference or None, encoder), spread over the processes. With adapters the policy is its own
+    reference."""
     # of weights that are never updated
     frozen_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     reference = None

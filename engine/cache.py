@@ -25,8 +25,10 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, gigabytes: float = 50.0):
-        self.folder, self.limit = Path(folder).absolute(), int(gigabytes * 1e9)
-        self.writing, self.unseen = True, math.inf   # bytes written since the folder's size was last looked at
+        self.folder = Path(folder).absolute()
+        self.limit = int(gigabytes * 1e9)   # bytes
+        self.writing = True
+        self.written = math.inf             # bytes since the folder's size was last looked at
 
     def path(self, key: dict) -> Path:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -41,11 +43,12 @@ class Cache:
                 info = json.loads(line)
                 if not all(type(size) is int and size > 0 for size in info["shape"]):
                     return None
-                if len(line) + math.prod(info["shape"]) + 4 != os.fstat(file.fileno()).st_size:
+                size = len(line) + math.prod(info["shape"]) + 4
+                if size != os.fstat(file.fileno()).st_size:     # a wrong shape takes no memory
                     return None
                 array = np.empty(info["shape"], np.uint8)
                 file.readinto(array)
-                if zlib.crc32(array, zlib.crc32(line)).to_bytes(4, "big") != file.read():
+                if checksum(line, array) != file.read():
                     return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
@@ -59,41 +62,50 @@ class Cache:
         """Write an entry; `info` is a dict that get returns with the array."""
         if not self.writing:
             return
-        path, temporary, array = self.path(key), None, np.ascontiguousarray(array)
+        path = self.path(key)
+        temporary = None
+        array = np.ascontiguousarray(array)
         line = json.dumps({**info, "shape": array.shape, "key": key}).encode() + b"\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
                 temporary = file.name
-                for part in (line, array, zlib.crc32(array, zlib.crc32(line)).to_bytes(4, "big")):
-                    file.write(part)
+                file.write(line)
+                file.write(array)
+                file.write(checksum(line, array))
             os.chmod(temporary, 0o644)   # readable for other users of the folder
             os.replace(temporary, path)
-            self.unseen += len(line) + array.nbytes + 4
-            if self.unseen > self.limit / 50:   # listing is slow, so n processes may exceed the limit by n * 2 %
+            self.written += len(line) + array.nbytes + 4
+            # listing is slow, so n processes may exceed the limit by n * 2 %
+            if self.written > self.limit / 50:
                 self.shrink()
-                self.unseen = 0
+                self.written = 0
         except OSError as error:
             self.writing = False
             if temporary:
                 Path(temporary).unlink(missing_ok=True)
-            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached in this run. Free "
-                          "some space or give another folder")
+            warnings.warn(f"cache {self.folder}: {error.strerror or error}; nothing more is cached "
+                          "in this run. Free some space or give another folder")
 
     def shrink(self) -> None:
         """If the folder is over its limit, delete what was used longest ago, down to nine tenths of it."""
-        entries = []   # (last used, bytes, path), unfinished files of killed processes included
-        for folder in os.scandir(self.folder):
-            for file in os.scandir(folder) if folder.is_dir() and len(folder.name) == 2 else ():
-                if file.name.endswith((".frames", ".tmp")):   # nothing that is not ours
-                    try:
-                        entries.append((file.stat().st_mtime_ns, file.stat().st_size, file.path))
-                    except FileNotFoundError:   # another process was faster
-                        pass
+        entries = []    # (last used, bytes, path), unfinished files of killed processes included
+        for path in self.folder.glob("??/*"):
+            if path.suffix in (".frames", ".tmp"):      # nothing that is not ours
+                try:
+                    status = path.stat()
+                except FileNotFoundError:               # another process was faster
+                    continue
+                entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
-        target = 0.9 * self.limit if total > self.limit else self.limit
+        if total <= self.limit:
+            return
         for _, size, path in sorted(entries):
-            if total <= target:
+            if total <= 0.9 * self.limit:
                 break
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             total -= size
+
+
+def checksum(line: bytes, array: np.ndarray) -> bytes:
+    return zlib.crc32(array, zlib.crc32(line)).to_bytes(4, "big")

@@ -23,18 +23,20 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from engine.logs import printable, surviving_output
+from engine.video import TOTAL_PIXELS
 
 logging.disable_progress_bar()          # transformers' own, for every file that it reads
-TOTAL_PIXELS = 3584 * 28 * 28           # of a whole video, 2.8 M
 # tokens of a completion with thoughts, the authors' value, and without
 LONGEST = {True: 1024, False: 64}
 
 
-def flag(default: Any, help: str) -> Any:
-    """A field of a Config: its default value, MISSING where the user has to give one, and its reason."""
+def flag(default: Any, help: str, positional: bool = False) -> Any:
+    """A field of a Config: its default value, MISSING where the user has to give one, and its reason. A `positional`
+    one is given by its place among the words of the command line, without --name."""
+    metadata = {"help": help, "positional": positional}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -73,9 +75,11 @@ def boolean(text: str) -> bool:
 def make_parser(config_class: type, doc: str = "",
                 script: str | None = None) -> argparse.ArgumentParser:
     """A parser of a Config's flags: the required ones first, the others in groups, one per class that declares them."""
+    places = [field.name.upper() for field in dataclasses.fields(config_class)
+              if field.metadata.get("positional")]
     parser = argparse.ArgumentParser(
         script, description=doc.split("\n\n")[0], allow_abbrev=False,
-        usage="%(prog)s --flag value ...   (--help lists the flags)",
+        usage=" ".join(["%(prog)s", *places, "--flag value ...   (--help lists the flags)"]),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     groups = {}
     for field in dataclasses.fields(config_class):
@@ -83,7 +87,9 @@ def make_parser(config_class: type, doc: str = "",
         owner = next(each for each in config_class.__mro__
                      if field.name in vars(each).get("__annotations__", ()))
         title = "required" if required else owner.__doc__
-        options = {"required": True} if required else {"default": field.default}
+        options = {"default": field.default}
+        if required:
+            options = {"default": argparse.SUPPRESS, "required": True}
         if field.default_factory is not MISSING:
             options["default"] = field.default_factory()
         if field.type == list[str]:
@@ -97,15 +103,20 @@ def make_parser(config_class: type, doc: str = "",
         group = parser.add_argument_group(title)
         for field, options in groups[title]:
             options.setdefault("metavar", field.name.upper())
-            group.add_argument(f"--{field.name}", help=field.metadata["help"].replace("%", "%%"),
-                               **options)
+            name = f"--{field.name}"
+            if field.metadata.get("positional"):        # argparse requires it, unless nargs is "*"
+                name = field.name
+                del options["required"]
+                if "nargs" in options:
+                    options["nargs"] = "+"
+            group.add_argument(name, help=field.metadata["help"].replace("%", "%%"), **options)
     return parser
 
 
 def parse(config_class: type, words: list[str], doc: str = "", script: str | None = None) -> Any:
     """The Config of a command line's words. Raises ValueError for flags that the script does not have, SystemExit for
     values that are none of their type."""
-    values, unknown = make_parser(config_class, doc, script).parse_known_args(words)
+    values, unknown = make_parser(config_class, doc, script).parse_known_intermixed_args(words)
     if unknown:
         raise ValueError(f"unknown: {' '.join(unknown)}; --help lists the flags")
     return config_class(**vars(values))
@@ -147,14 +158,16 @@ def command_line(config_class: type, main: Callable, doc: str) -> None:
 
 
 def check_numbers(config: Any, *positive: str) -> None:
-    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those in
-    `positive` are above 0, and a probability, ..._prob, is at most 1."""
+    """Raise ValueError, naming the flag, unless every number of a Config is finite and not negative, those of the
+    shared groups and those in `positive` are above 0, and a probability, ..._prob, is at most 1."""
+    shared = {field.name for group in (VideoFlags, AnswerFlags) for field in dataclasses.fields(group)}
     for name, value in vars(config).items():
         if type(value) not in (int, float):
             continue
-        low = "above 0" if name in positive else "from 0 on"
+        is_positive = name in positive or name in shared
+        low = "above 0" if is_positive else "from 0 on"
         high = 1 if name.endswith("_prob") else 1e12
-        large_enough = value > 0 if name in positive else value >= 0
+        large_enough = value > 0 if is_positive else value >= 0
         if not (large_enough and value <= high):            # NaN is neither
             allowed = "from 0 to 1" if high == 1 else low
             raise ValueError(f"--{name} {value}: give a number {allowed}")

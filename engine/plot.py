@@ -138,7 +138,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return sums / np.convolve(np.ones(len(values)), window, "same")
 
 
-def examples(clips: list[Clip], predictions: list[dict[str, dict]], out_png: str | Path, thoughts: bool = False) -> None:
+def examples(clips: list[Clip], predictions: list[dict[str, dict]], out_png: str | Path,
+             thoughts: bool = False) -> None:
     """Draw the answers to queries as bars under the frames of their videos, on one time axis in seconds, into a PNG.
 
     For each clip there is {"before": row, "after": row}, with rows of predictions.jsonl for one query, or others with

@@ -6,76 +6,96 @@
 The interval is of a bootstrap over videos: it tells how sure the difference is for these two models, not for other
 seeds. What else a folder has in narrated.jsonl (of toy.py) is compared, too.
 """
-import argparse
 import json
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from engine import scores
+from engine.flags import command_line, flag
 
-LEFT_OUT = {"start", "end"}         # numbers of a row that are no scores
+NO_SCORES = {"start", "end"}        # other numbers of a prediction
 
 
-def read_values(folder: str) -> dict[str, dict[str, tuple[str, float]]]:
-    """{score: {query: (video, value)}} of an evaluation. Raises ValueError when there is none."""
-    rows = []
+@dataclass(kw_only=True)
+class Config:
+    """comparison"""
+    folders: list[str] = flag(MISSING, "A B, or A0 B0 A1 B1 ...", positional=True)
+
+
+def read_scores(folder: str) -> pd.DataFrame:
+    """The scores of an evaluation, one row per score and query: score (its name), query (its id), video, value.
+    Raises ValueError when there are none."""
+    predictions = []
     for name in ("predictions.jsonl", "narrated.jsonl"):
         path = Path(folder) / name
         try:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            rows += [json.loads(line) for line in lines]
+            predictions += [json.loads(line) for line in lines]
         except ValueError as error:
             raise ValueError(f"{path}: is no JSON lines file ({error}); evaluate again") from error
-    if not rows:
-        raise ValueError(f"{folder}: has no predictions.jsonl; give folders that evaluate.py wrote to")
-    found = {}
-    for row in rows:
-        numbers = {key: value for key, value in row.items() if type(value) in (int, float) and key not in LEFT_OUT}
-        if "iou" in numbers:
-            numbers |= {f"R1@{m}": float(numbers["iou"] >= m - scores.TIE) for m in scores.THRESHOLDS}
-        numbers["format" if row.get("task") == "TVG" else f"format {row.get('task')}"] = numbers.pop("format", 0.0)
-        for key, value in numbers.items():
-            found.setdefault(key, {})[row["id"]] = row["video"], float(value)
-    tvg = [row for row in rows if row.get("task") == "TVG" and "truth" in row]
-    for key, of in zip(("right_event", "same_answer"), scores.follows_query(tvg)):
-        found[key] = of
-    return found
+    if not predictions:
+        raise ValueError(f"{folder}: has no predictions.jsonl; give folders that evaluate.py wrote "
+                         "to")
+    rows = []
+    for prediction in predictions:
+        for name, value in scores_of(prediction).items():
+            rows.append((name, prediction["id"], prediction["video"], value))
+    grounded = [row for row in predictions if row.get("task") == "TVG"]
+    judged = zip(("right_event", "same_answer"), scores.follows_query(grounded))
+    for name, values in judged:
+        rows += [(name, query, video, value) for query, (video, value) in values.items()]
+    return pd.DataFrame(rows, columns=["score", "query", "video", "value"])
+
+
+def scores_of(prediction: dict) -> dict[str, float]:
+    """All scores of one prediction by name; the format of each task but TVG is a score of its own."""
+    values = {}
+    for name, value in prediction.items():
+        if type(value) in (int, float) and name not in NO_SCORES:
+            values[name] = float(value)
+    if "iou" in values:
+        for m in scores.THRESHOLDS:
+            values[f"R1@{m}"] = float(values["iou"] >= m - scores.TIE)
+    if "format" in values:
+        name = "format" if prediction["task"] == "TVG" else f"format {prediction['task']}"
+        values[name] = values.pop("format")
+    return values
 
 
 def compare(one: str, other: str) -> dict[str, tuple[float, float, float, float, float]]:
-    """{score: (value of one, of the other, difference, low, high)} over the queries that both have."""
-    ones, others, found = read_values(one), read_values(other), {}
-    for key in ones:
-        shared = [name for name in ones[key] if name in others.get(key, ())]
-        if shared and len({ones[key][name][0] for name in shared}) > 1:
-            a, b = (np.array([of[key][name][1] for name in shared]) for of in (ones, others))
-            low, high = scores.interval((a - b)[:, None], [ones[key][name][0] for name in shared])
-            found[key] = float(a.mean()), float(b.mean()), float((a - b).mean()), float(low[0]), float(high[0])
-    return found
+    """{score: (mean of one, of the other, difference, low, high)} over the queries that both folders have."""
+    both = read_scores(one).merge(read_scores(other).drop(columns="video"), on=["score", "query"])
+    differences = {}
+    for name, rows in both.groupby("score", sort=False):
+        if rows.video.nunique() > 1:
+            ones, others = rows.value_x.to_numpy(), rows.value_y.to_numpy()
+            low, high = scores.interval(ones - others, list(rows.video))
+            differences[name] = (float(ones.mean()), float(others.mean()),
+                                 float((ones - others).mean()), low, high)
+    return differences
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folders", nargs="+", help="A B, or A0 B0 A1 B1 ...")
-    folders = parser.parse_args(argv).folders
-    try:
-        if len(folders) % 2:
-            raise ValueError(f"{len(folders)} folders: give pairs")
-        pairs = [compare(*pair) for pair in zip(folders[::2], folders[1::2])]
-    except (ValueError, OSError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    for key in pairs[0]:
+def main(config: Config) -> None:
+    """Print a line per score and pair, and of several pairs the mean."""
+    folders = config.folders
+    if len(folders) % 2:
+        raise ValueError(f"{len(folders)} folders: give pairs")
+    pairs = [compare(one, other) for one, other in zip(folders[::2], folders[1::2])]
+    for name in pairs[0]:
+        differences = []
         for pair in pairs:
-            if key in pair:
-                print("{:14}{:8.3f} - {:.3f} = {:+.3f} ({:+.3f} to {:+.3f})".format(key, *pair[key]))
+            if name in pair:
+                one, other, difference, low, high = pair[name]
+                differences.append(difference)
+                print(f"{name:14}{one:8.3f} - {other:.3f} = {difference:+.3f} "
+                      f"({low:+.3f} to {high:+.3f})")
         if len(pairs) > 1:
-            differences = [pair[key][2] for pair in pairs if key in pair]
-            print(f"{'':14}mean {np.mean(differences):+.3f}, from {min(differences):+.3f} to {max(differences):+.3f}")
-    return 0
+            print(f"{'':14}mean {np.mean(differences):+.3f}, from {min(differences):+.3f} to "
+                  f"{max(differences):+.3f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line(Config, main, __doc__)

@@ -1,77 +1,152 @@
-"""The endless stream of samples, its replacements, and preparing ahead."""
+"""The endless stream of samples, its substitutes for unreadable videos, and the batches that are prepared ahead."""
 import time
 
 import pytest
+import torch
 
+from engine import batches
+from engine.batches import Batch, Batches, Picked, pick
 from engine.loader import Loader
 from engine.video import VideoError
 
+TEN = list(range(10))
+
+
+def upper_half(sample):
+    """As if the videos of the samples below 5 were broken."""
+    if sample < 5:
+        raise VideoError(f"{sample}: broken")
+    return -sample
+
+
+def shape(picked):
+    """A Picked that compares: errors by their message."""
+    return picked.index, picked.sample, picked.prepared, [str(error) for error in picked.errors]
+
 
 def test_every_epoch_is_a_new_order_of_all_samples():
-    picked = [batches.pick(list(range(10)), i, 5, lambda s: -s) for i in range(30)]
-    epochs = [[one.item for one in picked[i:i + 10]] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert all(one.made == -one.item and not one.errors and one.index == i for i, one in enumerate(picked))
-    assert batches.pick(list(range(10)), 17, 5, str).item == picked[17].item
+    orders = set()
+    for seed in (5, 6):
+        for epoch in (range(10), range(10, 20), range(20, 30)):
+            order = [pick(TEN, index, seed, str).sample for index in epoch]
+            assert sorted(order) == TEN
+            orders.add(tuple(order))
+    assert len(orders) == 6
+    assert shape(pick(TEN, 17, 5, str)) == shape(pick(TEN, 17, 5, str))
 
 
-def test_unreadable_video_is_replaced_and_named():
-    def make(sample):
-        if sample < 5:
-            raise VideoError(f"{sample}: broken")
-        return sample
-
-    picked = [batches.pick(list(range(10)), i, 0, make) for i in range(10)]
-    assert all(one.item >= 5 for one in picked)
-    assert {str(one.errors[0]) for one in picked if one.errors} == {f"{i}: broken" for i in range(5)}
-    assert [one[:3] for one in picked] == [batches.pick(list(range(10)), i, 0, make)[:3] for i in range(10)]
+def test_an_unreadable_video_is_replaced_and_named():
+    picked = [pick(TEN, index, 0, upper_half) for index in range(10)]
+    assert [each.index for each in picked] == TEN
+    assert all(each.sample >= 5 and each.prepared == -each.sample for each in picked)
+    first_errors = {str(each.errors[0]) for each in picked if each.errors}
+    assert first_errors == {f"{sample}: broken" for sample in range(5)}
     with pytest.raises(VideoError, match="broken"):
-        batches.pick([1, 2, 3], 0, 0, make)
+        pick([1, 2, 3], 0, 0, upper_half)                   # a hundred attempts
 
 
-def test_what_is_no_video_error_is_not_replaced():
-    made = []
+def test_what_is_no_video_error_is_raised_at_once():
+    attempts = []
+
+    def prepare(sample):
+        attempts.append(sample)
+        raise RuntimeError("a mistake in the code")
+
     with pytest.raises(RuntimeError, match="a mistake in the code"):
-        batches.pick([1, 2, 3], 0, 0, lambda item: made.append(item) or fail("a mistake in the code"))
-    assert len(made) == 1
+        pick(TEN, 0, 0, prepare)
+    assert len(attempts) == 1
 
 
-def fail(message):
-    raise RuntimeError(message)
+def draw(world, workers=1, seed=7):
+    """The Picked of three steps of 8 samples, over all of `world` processes, by index."""
+    def prepare(sample, task):
+        time.sleep(0.004 if sample % 3 else 0.012)          # so that threads end in another order
+        return task, upper_half(sample)
+
+    picked = []
+    for rank in range(world):
+        stream = Batches(range(2, 5), 8, seed, rank, world, lambda step: (f"task of {step}", TEN), prepare,
+                         Loader(workers=workers))
+        with stream:
+            for _ in range(3):
+                share = stream.next().picked
+                assert len(share) == 8 // world
+                picked += share
+    return [shape(each) for each in sorted(picked, key=lambda each: each.index)]
 
 
-def test_any_number_of_threads_picks_the_same():
+def test_samples_and_substitutes_depend_on_seed_and_index_alone():
+    alone = draw(1)
+    assert draw(2) == alone and draw(4) == alone and draw(1, workers=4) == alone
+    assert [index for index, *_ in alone] == list(range(16, 40))
+    assert [task for _, _, (task, _), _ in alone] == [f"task of {step}" for step in (2, 3, 4) for _ in TEN[:8]]
+    assert any(errors for *_, errors in alone)
+    assert draw(1, seed=8) != alone
+
+
+def test_videos_are_decoded_as_many_at_a_time_as_there_are_workers():
     running, most = [], []
 
-    def make(sample):
+    def prepare(sample, task):
         running.append(sample)
         most.append(len(running))
-        time.sleep(0.01 if sample % 3 else 0.03)        # so that they end in another order
+        time.sleep(0.01)
         running.remove(sample)
-        if sample % 4 == 0:
-            raise VideoError(f"{sample}: broken")
-        return -sample
 
-    alone, together = (batches.pick_all(list(range(20)), range(3, 15), 7, make, threads) for threads in (1, 4))
-    plain = lambda picked: [(*one[:3], [str(error) for error in one.errors]) for one in picked]
-    assert plain(alone) == plain(together) == plain([batches.pick(list(range(20)), i, 7, make) for i in range(3, 15)])
-    assert any(one.errors for one in alone) and 1 < max(most) <= 4
-    with pytest.raises(VideoError, match="broken"):
-        batches.pick_all([4, 8], range(2), 0, make, 2)
+    stream = Batches(range(2), 9, 0, 0, 1, lambda step: (None, TEN), prepare, Loader(workers=3))
+    with stream:
+        stream.next()
+        stream.next()
+    assert max(most) == 3
 
 
-def test_prefetched_makes_each_item_once_in_order():
-    made = []
-    with batches.prefetched(lambda step: made.append(step) or step ** 2, range(3, 6), Loader()) as batches:
-        assert list(batches) == [(3, 9), (4, 16), (5, 25)] and made == [3, 4, 5]
-    with batches.prefetched(made.append, range(3, 3), Loader()) as batches:
-        assert list(batches) == [] and made == [3, 4, 5]
+def test_a_batch_has_each_sample_for_every_completion_of_its_group():
+    batch = Batch("a task", [Picked(4, "s", "S", []), Picked(6, "t", "T", [])], seed=3)
+    assert batch.samples == ["s", "t"]
+    assert batch.prompts == ["S", "T"]
+    assert batch.repeated(3) == ["s", "s", "s", "t", "t", "t"]
 
 
-def test_prefetched_fails_where_making_failed_and_stops_the_loader():
-    load, used = Loader(), []
-    with pytest.raises(RuntimeError, match="the second"), \
-            batches.prefetched(lambda item: item == "b" and fail("the second"), "abc", load) as made:
-        for item, _ in made:
-            used.append(item)
-    assert used == ["a"] and load.stopped
+def test_random_numbers_are_a_sample_s_own():
+    """They follow from the run's seed and the sample's index, wherever it stands in a batch."""
+    def numbers(seed, *indices):
+        batch = Batch(None, [Picked(index, None, None, []) for index in indices], seed)
+        return [tuple(torch.rand(3, generator=generator).tolist()) for generator in batch.generators()]
+
+    first, second = numbers(0, 4, 5)
+    assert numbers(0, 5, 4) == [second, first] and numbers(0, 5) == [second]
+    assert len({first, second, *numbers(1, 4, 5)}) == 4
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_used():
+    prepared = []
+
+    def prepare(sample, task):
+        prepared.append(task)
+
+    stream = Batches(range(3, 6), 1, 0, 0, 1, lambda step: (step, TEN), prepare, Loader())
+    with stream:
+        for step in (3, 4, 5):
+            assert stream.next().task == step
+            while len(prepared) < min(step - 1, 3):
+                time.sleep(0.001)
+    assert prepared == [3, 4, 5]
+
+
+def test_a_batch_that_fails_fails_at_its_step_and_the_loader_is_stopped():
+    def prepare(sample, task):
+        if task == 1:
+            raise RuntimeError("the second")
+
+    loader, used = Loader(), []
+    stream = Batches(range(3), 1, 0, 0, 1, lambda step: (step, TEN), prepare, loader)
+    with pytest.raises(RuntimeError, match="the second"), stream:
+        while True:
+            used.append(stream.next().task)
+    assert used == [0] and loader.stopped
+
+
+def test_ahead_gives_items_in_order():
+    with batches.ThreadPoolExecutor(1) as background:
+        assert list(batches.ahead(len, ["a", "bb", ""], background)) == [("a", 1), ("bb", 2), ("", 0)]
+        assert list(batches.ahead(len, [], background)) == []

@@ -1,5 +1,6 @@
 """LoRA: adapters alone learn, are nothing when off, and are a folder that peft reads."""
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import ROOT, random_clip, read_rows, seeded, sft_config, together, train_config, whole
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import ground
@@ -16,15 +18,15 @@ import grpo
 import model
 import sft
 import train
-from engine import lora
+from engine import distributed, lora
 
 NAMES = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 LINEAR = [f"model.language_model.layers.{i}.{name}_proj" for i in range(4) for name in NAMES]
 
 
-def build(folder, rank=4, seed=1, noise=0.05):
+def build(folder, rank=4, seed=1, noise=0.05, dtype=torch.float32):
     """(policy, encoder) that learns adapters, which noise has moved away from those that change nothing."""
-    policy, encoder = model.load(str(folder), lora_rank=rank, seed=seed)
+    policy, encoder = model.load(str(folder), dtype=dtype, lora_rank=rank, seed=seed)
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for weight in lora.adapters(policy).values():
@@ -94,16 +96,16 @@ def test_the_seed_alone_draws_a(folder):
 
 
 def test_what_is_saved_is_a_folder_of_peft(folder, tmp_path, scored):
-    """The same model in transformers, merged with the three lines of docs/running.md, and in this project."""
+    """The same model in transformers, merged by the code in docs/transformers.md, and in this project."""
     policy, encoder = build(folder / "model")
     path = tmp_path / "adapters"
     model.save(policy, encoder, path)
     assert not (path / "config.json").exists() and (path / "generation_config.json").exists()
     assert {path.stat().st_mode & 0o777 for path in path.iterdir()} == {0o644}
 
-    qwen = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
-    peft.PeftModel.from_pretrained(qwen, path).merge_and_unload().save_pretrained(tmp_path / "merged")
-    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "merged")
+    code = re.search(r"```python\n(import peft.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL)[1]
+    code = code.replace("runs/lora/model", str(path)).replace("runs/lora", str(tmp_path))
+    exec(code.replace("Qwen/Qwen2.5-VL-3B-Instruct", str(folder / "model")))
 
     in_transformers = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     merged, _ = model.load(str(tmp_path / "merged"))
@@ -196,37 +198,81 @@ def test_what_is_no_adapter_folder_is_one_line(stored, tmp_path, harm, words):
     assert "\n" not in line and ";" in line and line.startswith((f"{path}: ", "org/gone: "))
 
 
-def settings_of(script, folder, output, **changes):
-    """Settings of a short run of train.py or sft.py."""
-    common = dict(annotations=str(folder / "train.txt"), videos=str(folder / "videos"), cache=str(folder / "cache"),
-                  seed=1, lora_rank=4, output=str(output))
-    if script is train:
-        common |= dict(model=str(folder / "sft" / "model"), steps=3, save_every=1, prompts_per_step=2, group_size=4,
-                       max_tokens=64, tvg_prob=1, learning_rate=1e-2, gradient_checkpointing=True)
-    else:
-        common |= dict(demonstrations=str(folder / "demonstrations.jsonl"), steps=2, batch_size=4, learning_rate=2e-3)
-    return script.Config(**{**common, **changes})
+@pytest.mark.parametrize("main, settings", [(train.main, train_config), (sft.main, sft_config)])
+@pytest.mark.parametrize("rank, words", [
+    (-1, "--lora_rank -1"), (8, "--lora_rank 8: the adapters in .* have rank 4")])
+def test_ranks_that_cannot_work_are_named(stored, folder, tmp_path, main, settings, rank, words):
+    with pytest.raises(ValueError, match=words):
+        main(settings(folder, tmp_path / "run", lora_rank=rank, model=str(stored)))
 
 
-@pytest.mark.parametrize("script", [train, sft])
-def test_ranks_that_cannot_work_are_named(stored, folder, tmp_path, script):
-    for rank, words in ((-1, "--lora_rank -1"), (8, "--lora_rank 8: the adapters in .* have rank 4")):
-        with pytest.raises(ValueError, match=words):
-            script.main(settings_of(script, folder, tmp_path / "run", lora_rank=rank, model=str(stored)))
+def step(source, dtype, output):
+    """On this process's share of two prompts, computed in dtype: log-probabilities with the adapters on and off,
+    gradients, weights after a step, which are saved, too, and how far scoring is from sampling, which has another
+    length on each process."""
+    rank, world, _ = distributed.start_process()
+    policy, encoder = build(source, dtype=dtype, noise=0.02)
+    policy = distributed.shard(policy, dtype)
+    random = torch.Generator().manual_seed(0)
+    prompts = [encoder.encode("when", random_clip(random, 4, 3, 28, 28)),
+               encoder.encode("red", random_clip(random, 6, 3, 28, 28))][rank::world]
+    completions = torch.randint(20, 200, (2, 2, 9), generator=random)[rank::world]
+    weight = torch.randn((2, 2, 9), generator=random)[rank::world]
+    mask = torch.ones_like(completions)
+    with torch.no_grad(), lora.reference(policy):
+        off = grpo.logprobs(policy, prompts, completions, mask)
+    on = grpo.logprobs(policy, prompts, completions, mask)
+    ((on * weight).sum() * world).backward()
+    learning = lora.adapters(policy)
+    gradients = {name: whole(value.grad) for name, value in learning.items()}
+    torch.optim.AdamW(learning.values(), lr=1e-2).step()
+    with distributed.gathered(policy):
+        sampled = grpo.sample(policy, prompts, 2, 8 + 4 * rank, [], seeded(len(prompts)))
+    with torch.no_grad():
+        scored = grpo.logprobs(policy, prompts, sampled.completions, sampled.mask)
+    learned = {name: whole(value.detach()) for name, value in learning.items()}
+    model.save(policy, encoder, output)
+    frozen = {value.dtype for value in lora.frozen(policy) if not hasattr(value, "device_mesh")}
+    return {"on": on.detach().float(), "off": off.float(), "gradients": gradients, "learned": learned, "frozen": frozen,
+            "mismatch": (scored - sampled.logprobs).abs().max().item()}
+
+
+def test_two_processes_in_bf16_are_about_one_in_fp32(folder, tmp_path):
+    """Frozen weights are bf16 and whole on both; the adapters are fp32, spread over both, and computed with in bf16."""
+    def flat(tensors):
+        return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+    source = str(folder / "model")
+    alone = step(source, torch.float32, tmp_path / "alone")
+    both_ranks = together(tmp_path / "job", 2, 2, step, source, torch.bfloat16, tmp_path / "both")
+    saved = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    for rank, both in enumerate(both_ranks):
+        for name in ("on", "off"):
+            assert 1e-4 < (both[name] - alone[name][rank::2]).abs().mean() < 0.05
+        assert both["gradients"].keys() == alone["gradients"].keys()
+        expected = flat(alone["gradients"])
+        assert (flat(both["gradients"]) - expected).norm() < 0.2 * expected.norm()
+        learned = flat(both["learned"])
+        assert torch.equal(learned, flat(saved))        # their names differ, but not in their order
+        assert learned.dtype == torch.float32 and (learned != learned.bfloat16()).float().mean() > 0.9
+        assert both["mismatch"] < 0.3 and both["frozen"] == {torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
 def unbroken(folder, warm, tmp_path_factory):
     """The settings of a run with adapters that nobody disturbs."""
-    settings = settings_of(train, folder, tmp_path_factory.mktemp("lora") / "run")
+    settings = train_config(folder, tmp_path_factory.mktemp("lora") / "run", save_every=1, tvg_prob=1, lora_rank=4,
+                            learning_rate=1e-2, gradient_checkpointing=True)
     train.main(settings)
     return settings
 
 
 def rows(output):
-    clock = ("seconds", "tokens_per_second")
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+    """What a run has logged, without the clock."""
+    logged = read_rows(output / "metrics.jsonl")
+    for row in logged:
+        del row["seconds"], row["tokens_per_second"]
+    return logged
 
 
 def learned(output):
@@ -267,7 +313,7 @@ def test_every_script_takes_an_adapter_folder(unbroken, warm, folder, tmp_path, 
     """Training goes on with the adapters, or merges them; evaluation names both folders in what its answers depend
     on."""
     adapters = f"{unbroken.output}/model"
-    sft.main(settings_of(sft, folder, tmp_path / "sft", model=adapters))
+    sft.main(sft_config(folder, tmp_path / "sft", model=adapters, lora_rank=4, steps=2))
     train.main(replace(unbroken, model=f"{tmp_path}/sft/model", output=str(tmp_path / "more"), steps=2))
     first, last = rows(tmp_path / "more")
     assert first["kl"] == 0 < last["kl"]        # so the reference has the adapters that training began with
@@ -275,8 +321,8 @@ def test_every_script_takes_an_adapter_folder(unbroken, warm, folder, tmp_path, 
     train.main(replace(unbroken, model=adapters, output=str(tmp_path / "all"), steps=1, lora_rank=0))
     assert (tmp_path / "all" / "model" / "model.safetensors").exists()
     scores = evaluate.main(evaluate.Config(
-        model=adapters, annotations=str(folder / "test.txt"), videos=str(folder / "videos"), tasks=["TVG"], steps=1,
-        batch_size=4, max_tokens=8, output=str(tmp_path / "test")))
+        model=adapters, annotations=str(folder / "test.txt"), videos=str(folder / "videos"),
+        output=str(tmp_path / "test"), tasks=["TVG"], steps=1, batch_size=4, max_tokens=8))
     inputs = json.loads((tmp_path / "test" / "inputs.json").read_text())
     assert scores["queries"] == 4
     assert {f"{adapters}/adapter_model.safetensors", f"{warm}/model.safetensors"} <= inputs.keys()
