@@ -158,7 +158,7 @@ def test_micro_batches_sample_what_one_batch_samples(policy):
     again = grpo.join(parts)
     for name in ("completions", "mask", "logprobs"):
         assert torch.equal(getattr(again, name), getattr(joined, name))
-    everything, = joined.split(0)
+    everything, = joined.split(9)
     assert len(everything.prompts) == 5
 
 
