@@ -7,11 +7,13 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -22,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from jaxtyping import install_import_hook
+from safetensors.torch import load_file
 
 # checks shapes; an int is a float
 install_import_hook(["grpo", "model", "engine.attention", "engine.sampling"],
@@ -41,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 # a new process in milliseconds: the server has imported it all
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
+CLOCK = {"seconds", "tokens_per_second"}                # of logs, never the same twice
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
 
 
@@ -161,6 +165,34 @@ def read_rows(path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+@pytest.fixture(scope="session")
+def unbroken(folder, warm, tmp_path_factory) -> train.Config:
+    """The config of a run of five steps that nobody disturbed, in its output folder; see `outcome`. It was scored on
+    three held-out queries after 0, 3 and 5 steps."""
+    def settings(place):
+        return train_config(folder, place / "run", steps=5, seed=2, save_every=2, eval_every=3, eval_samples=3,
+                            eval_annotations=str(folder / "test.txt"))
+
+    return settings(once(tmp_path_factory, "unbroken", lambda place: train.main(settings(place))))
+
+
+def outcome(output) -> dict:
+    """What two runs that are the same to the bit share: logs without the clock, and the final weights."""
+    logs = {}
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        path = Path(output, name)
+        rows = read_rows(path) if path.exists() else []
+        logs[name] = [{key: row[key] for key in row if key not in CLOCK} for row in rows]
+    return logs | load_file(Path(output, "model", "model.safetensors"))
+
+
+def assert_same(one: dict, other: dict) -> None:
+    """Assert that two outcomes are the same to the bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name], name
+
+
 def assert_same_change(before, one, other):
     """Assert that two runs changed the weights `before` alike; Adam enlarges tiny differences."""
     assert one.keys() == other.keys() == before.keys()
@@ -277,3 +309,14 @@ def whole(tensor):
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     return None if tensor is None else tensor.clone()
+
+
+@contextmanager
+def full_disk(size: int):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
