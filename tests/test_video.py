@@ -36,6 +36,16 @@ def test_frame_size(height, width, frames, expected):
     assert frame_size(height, width, frames) == expected
 
 
+def test_frame_size_keeps_the_budget_and_never_enlarges():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        height, width = (2 ** rng.uniform(0, 13, 2)).astype(int)        # 1 to 8192, all shapes
+        frames = int(rng.integers(2, 385)) * 2
+        h, w = frame_size(height, width, frames)
+        assert h % 28 == w % 28 == 0 and h * w <= max(3584 * 784 / frames, 16 * 784)
+        assert 28 <= h <= max(height + 14, 28) and 28 <= w <= max(width + 14, 28)
+
+
 @pytest.mark.parametrize("start, end, first, stop", [
     (2.1, 4.2, 4, 8),                       # nearest frames
     (2.0, 4.4, 4, 10),                      # 9 would be odd: one more
