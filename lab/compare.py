@@ -59,8 +59,9 @@ def scores_of(prediction: dict) -> dict[str, float]:
     if "iou" in values:
         for m in scores.THRESHOLDS:
             values[f"R1@{m}"] = float(values["iou"] >= m - scores.TIE)
-    if "format" in values and prediction["task"] != "TVG":
-        values[f"format {prediction['task']}"] = values.pop("format")
+    if "format" in values:
+        name = "format" if prediction["task"] == "TVG" else f"format {prediction['task']}"
+        values[name] = values.pop("format")
     return values
 
 

@@ -1,9 +1,8 @@
-"""The plain forms that this project's fast forms have to equal, models of random shapes to try them on, and the published
-losses, term by term.
+"""The plain forms that this project's fast forms have to equal, the published losses, and models of random shapes.
 
-`distributions` is the form for log-probabilities and for sampling: every completion stands in a sequence of its own,
-behind its own copy of the prompt and the video, and goes through transformers' own forward pass. A sampled completion is
-right when each of its tokens is what its random number draws from the distribution behind the tokens before it.
+`distributions` is the plain form of scoring and of sampling: every completion stands in a sequence of its own, behind
+its own copy of the prompt and the video, and goes through transformers' own forward pass. A sampled completion is right
+when each of its tokens is what its random number draws from the distribution behind the tokens before it.
 """
 import random
 
@@ -29,11 +28,11 @@ def distributions(qwen, prompt, completions, forbidden, temperature=1.0):
     return logits.index_fill(-1, torch.tensor(forbidden), -torch.inf).log_softmax(-1)
 
 
-def repeated_logprobs(policy, prompts, completions, mask, temperature=1.0):
-    """What grpo.logprobs gives, (B, G, C)."""
+def repeated_logprobs(policy, prompts, completions, mask, temperature=1.0, qwen=None):
+    """What grpo.logprobs gives, (B, G, C), by the policy's model or by another one."""
     scores = []
     for prompt, rows in zip(prompts, completions, strict=True):
-        logprobs = distributions(policy.qwen, prompt, rows, policy.forbidden, temperature)
+        logprobs = distributions(qwen or policy.qwen, prompt, rows, policy.forbidden, temperature)
         scores.append(logprobs.gather(-1, rows[..., None])[..., 0])
     return torch.stack(scores).masked_fill(mask == 0, 0)
 
@@ -44,30 +43,16 @@ def published_loss(loss_type, logprobs, old, ref, advantages, lengths, beta, eps
     GRPO: the mean over i of 1/|o_i| sum_t; token-level: 1/sum |o_i| sum_it; Dr. GRPO: the mean over i of
     1/max_tokens sum_t. The gain is PPO's: beyond 1 + epsilon a ratio earns a positive advantage no more, below
     1 - epsilon it costs a negative one no more."""
-    losses, kls, clipped = [], [], []
-    for b, g in torch.cartesian_prod(*map(torch.arange, lengths.shape)).tolist():
-        size, advantage = int(lengths[b, g]), float(advantages[b, g])
-        loss = kl = beyond = 0.0
-        for t in range(size):
-            ratio = torch.exp(logprobs[b, g, t] - old[b, g, t])
-            if advantage > 0 and ratio > 1 + epsilon:
-                gain = (1 + epsilon) * advantage
-                beyond += 1
-            elif advantage < 0 and ratio < 1 - epsilon:
-                gain = (1 - epsilon) * advantage
-                beyond += 1
-            else:
-                gain = ratio * advantage
-            away = ref[b, g, t] - logprobs[b, g, t]
-            k3 = torch.exp(away) - away - 1
-            loss = loss - (gain - beta * k3)
-            kl = kl + k3
-        divisor = {"grpo": size, "bnpo": lengths.double().mean(), "dr_grpo": max_tokens}[loss_type]
-        losses.append(loss / divisor)
-        kls.append(kl.detach() / size)
-        clipped.append(torch.tensor(beyond / size, dtype=logprobs.dtype))
-    count = len(losses)
-    return sum(losses) / count, sum(kls) / count, sum(clipped) / count
+    mask = torch.arange(logprobs.shape[-1]) < lengths[..., None]                            # (B, G, C)
+    ratio = (logprobs - old).exp()
+    k3 = (ref - logprobs).exp() - (ref - logprobs) - 1
+    is_good = advantages[..., None] > 0
+    bounded = torch.where(is_good, ratio.clamp(max=1 + epsilon), ratio.clamp(min=1 - epsilon))
+    losses = ((beta * k3 - bounded * advantages[..., None]) * mask).sum(-1)                 # (B, G)
+    loss = {"grpo": (losses / lengths).mean(), "bnpo": losses.sum() / lengths.sum(),
+            "dr_grpo": (losses / max_tokens).mean()}[loss_type]
+    kl, clip_fraction = (((x * mask).sum(-1) / lengths).mean() for x in (k3, bounded != ratio))
+    return loss, kl.detach(), clip_fraction
 
 
 def random_policy(seed=0, heads=(4, 2), layers=2, vocabulary=90, tied=True, dtype=torch.float64):

@@ -29,13 +29,10 @@ def who_sees_whom(prompts, completions):
     for b, lengths in enumerate(completions):
         for g, length in enumerate(lengths):
             tokens += [(b, g, place) for place in range(length)]
-    sees = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for i, (b, row, place) in enumerate(tokens):
-        for j, (other_b, other_row, other_place) in enumerate(tokens):
-            is_before = other_row == row and other_place <= place
-            is_prompt = other_row == -1 and row != -1
-            sees[i, j] = other_b == b and (is_before or is_prompt)
-    return sees
+    b, row, place = torch.tensor(tokens).T
+    is_before = (row == row[:, None]) & (place <= place[:, None])
+    is_prompt = (row == -1) & (row[:, None] != -1)
+    return (b == b[:, None]) & (is_before | is_prompt)                      # (N, N), who sees, whom
 
 
 @pytest.mark.parametrize("prompts, completions", [

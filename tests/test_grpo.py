@@ -158,8 +158,6 @@ def test_micro_batches_sample_what_one_batch_samples(policy):
     again = grpo.join(parts)
     for name in ("completions", "mask", "logprobs"):
         assert torch.equal(getattr(again, name), getattr(joined, name))
-    everything, = joined.split(0)
-    assert len(everything.prompts) == 5
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -286,14 +284,11 @@ def test_the_completions_and_tokens_of_all_processes_count(policy, rollouts, mon
     other_process(monkeypatch, (3, 40, False), [0.5, 1.0, 0.25, 10.0])
     by_hand, before = copy.deepcopy(policy), copy.deepcopy(policy.state_dict())
     metrics = update(policy, rollouts, loss_type=loss_type)
-    per_token = ADVANTAGES[..., None] * repeated(by_hand, rollouts)
-    if loss_type == "grpo":
-        per_token = per_token / LENGTHS[..., None]
-    norm = step_by_hand(by_hand, -2 * per_token.sum() / divisor)
+    weight = ADVANTAGES if loss_type == "grpo" else ADVANTAGES * LENGTHS                    # (B, G)
+    mean_logprobs = repeated(by_hand, rollouts).sum(-1) / LENGTHS
+    norm = step_by_hand(by_hand, -2 * (weight * mean_logprobs).sum() / divisor)
     assert_same_weights(policy, by_hand, before)
-    weights = rollouts.mask / LENGTHS[..., None] if loss_type == "grpo" else rollouts.mask
-    loss = -(ADVANTAGES[..., None] * weights).sum().item() / divisor
-    expected = {"updates": 1, "loss": loss + 0.5, "kl": 1.0, "clipped": 0.25,
+    expected = {"updates": 1, "loss": 0.5 - weight.sum().item() / divisor, "kl": 1.0, "clipped": 0.25,
                 "mismatch": (0.25 * 25 + 10) / 65, "grad_norm": norm}
     assert metrics == pytest.approx(expected, rel=1e-4)
 

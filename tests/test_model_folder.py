@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +21,6 @@ from engine.model_folder import ModelError
 from engine.video import Clip
 from lab import plan
 
-ROOT = Path(__file__).parent.parent
 CLIP = Clip(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), 2.0)
 REVISION = "66285546d2b821cf421d4f5eb2576359d3770cd3"
 ONLY_TEXT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{{ p.text }}{% endfor %}"

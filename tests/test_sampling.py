@@ -1,4 +1,4 @@
-"""Sampled tokens against transformers' own forward pass, on models of random shapes; the draw; rows that are dropped."""
+"""Sampled tokens against transformers' own forward pass, on models of random shapes; rows that are dropped."""
 import math
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import seeded
 from oracles import distributions, random_policy, random_prompts
-from torch import nn
+from peft import LoraConfig, inject_adapter_in_model
 
 import grpo
 from engine.sampling import Decoding, draw_token, rows_to_keep
@@ -86,33 +86,15 @@ def test_in_half_precision_sampling_is_no_farther_off_than_scoring():
     assert 0.75 < sampling / scoring < 1.33
 
 
-class Adapted(nn.Module):
-    """A linear layer with a low-rank one beside it, as LoRA has it."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
-        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
 @pytest.mark.parametrize("names", ["q_proj v_proj", "o_proj down_proj",
                                    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"])
 def test_what_is_around_a_linear_layer_counts(names):
+    """Such as LoRA's adapters."""
     policy, prompts = random_policy(2), random_prompts(2)
     before = grpo.sample(policy, prompts, 3, 10, [], seeded(2))
-    for layer in policy.qwen.model.language_model.layers:
-        for module in (layer.self_attn, layer.mlp):
-            for name in names.split():
-                if hasattr(module, name):
-                    setattr(module, name, Adapted(getattr(module, name)))
+    adapters = LoraConfig(r=2, target_modules=names.split(), init_lora_weights=False)
+    inject_adapter_in_model(adapters, policy.qwen.model.language_model)
+    policy.double()
     rollouts = grpo.sample(policy, prompts, 3, 10, [], seeded(2))
     assert_sampled_from(policy, prompts, rollouts, seeded(2), max_tokens=10)
     assert not torch.equal(before.logprobs, rollouts.logprobs)
