@@ -41,8 +41,6 @@ class Cache:
             with open(path, "rb") as file:
                 line = file.readline()
                 info = json.loads(line)
-                if not all(type(size) is int and size > 0 for size in info["shape"]):
-                    return None
                 size = len(line) + math.prod(info["shape"]) + 4
                 if size != os.fstat(file.fileno()).st_size:     # a wrong shape takes no memory
                     return None
