@@ -220,6 +220,14 @@ def logprobs(policy: Policy, prompts: list[Prompt], completions: Int[Tensor, "B 
     return zeros.masked_scatter(is_token, scores)
 
 
+def loss_normalizer(loss_type: str, num_completions: int, num_tokens: int,
+                    max_tokens: int) -> float | None:
+    """By what the sum over all tokens of the batch is divided; None: the mean of each completion comes first."""
+    if loss_type == "grpo":
+        return None
+    return {"bnpo": num_tokens, "dr_grpo": num_completions * max_tokens}[loss_type]
+
+
 def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer,
            rollouts: Rollouts, advantages: Float[Tensor, "B G"], *, beta: float, loss_type: str,
            epsilon: float, max_tokens: int, num_iterations: int, temperature: float,
@@ -234,8 +242,7 @@ def update(policy: Policy, reference: Policy | None, optimizer: torch.optim.Opti
                **dict.fromkeys(("loss", "kl", "clipped", "mismatch"))}
     if num_learning == 0:                   # departure 5
         return metrics
-    longest_possible = max_tokens * num_completions
-    normalizer = {"grpo": None, "bnpo": num_tokens, "dr_grpo": longest_possible}[loss_type]
+    normalizer = loss_normalizer(loss_type, num_completions, num_tokens, max_tokens)
     size = micro_batch_size or len(rollouts.prompts)
     micro_batches = rollouts.split(size)
     advantages = advantages.to(rollouts.mask.device).split(size)

@@ -183,7 +183,7 @@ def check_flags(config: Config, world: int) -> None:
 
 
 def samples_by_task(config: Config, samples: list[data.Sample]) -> dict[str, list[data.Sample]]:
-    """{task: the samples that the task can use}, for each task that may be drawn. Raises ValueError when a task has
+    """{task: the samples that the task can use}, for each task that may be drawn. Raises ValueError when there are
     none."""
     names = list(config.tasks) if config.tvg_prob < 1 else []
     if config.tvg_prob > 0:
@@ -198,7 +198,8 @@ def samples_by_task(config: Config, samples: list[data.Sample]) -> dict[str, lis
 
 def load_models(config: Config,
                 device: str) -> tuple[model.Policy, model.Policy | None, model.Encoder]:
-    """(policy, reference or None, encoder), spread over the processes. With adapters the policy is its own reference."""
+    """(policy, reference or None, encoder), spread over the processes. With adapters the policy is its own
+    reference."""
     # of weights that are never updated
     frozen_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     reference = None

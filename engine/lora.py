@@ -10,7 +10,7 @@ policy has them as they were.
 
 Merged in bf16, W + 2 B A would be W again wherever the change is less than half a step of bf16, 0.2 to 0.4 % of a
 weight. So adapters that do not learn are merged into weights in fp32, and stay beside weights in bf16. For a folder of
-whole weights, docs/running.md shows three lines of peft.
+whole weights, docs/transformers.md shows three lines of peft.
 """
 import os
 import warnings

@@ -75,8 +75,9 @@ class Decoding:
             keys, values = packed.kept.pop(layer)
             padded = [by_prompt(x, packed.prompts) for x in (keys, values)]
             self.prompts.append(torch.stack(padded))
-        lengths = torch.tensor(packed.prompts)
-        is_padding = torch.arange(int(lengths.max())) >= lengths[:, None]  # (B, P)
+        lengths = torch.tensor(packed.prompts)                      # (B,)
+        places = torch.arange(int(lengths.max()))                   # (P,)
+        is_padding = places >= lengths[:, None]                     # (B, P)
         self.bias = None                                    # added to products of queries and keys
         if is_padding.any():
             self.bias = first_keys.new_zeros(is_padding.shape)
@@ -88,23 +89,23 @@ class Decoding:
         """Cosines and sines of all positions that a new token can have, one row of the table per position. The sines'
         first half is negated, so that rotating is x * cos + roll(x) * sin; queries are scaled, too."""
         self.offset = start - start.min()  # (n,) rows of the table for the next token
-        positions = torch.arange(int(self.offset.max()) + max_tokens,
-                                 device=start.device) + start.min()
-        # (positions, d)
-        cos, sin = (x[0] for x in self.decoder.rotary_emb(like, positions.expand(3, 1, -1)))
+        num_positions = int(self.offset.max()) + max_tokens
+        positions = torch.arange(num_positions, device=start.device) + start.min()
+        cos, sin = self.decoder.rotary_emb(like, positions.expand(3, 1, -1))
+        cos, sin = cos[0], sin[0]                                   # (positions, d)
         middle = sin.shape[1] // 2
         sin = torch.cat([-sin[:, :middle], sin[:, middle:]], 1)
         scale_of_queries = [self.decoder.layers[0].self_attn.scaling] * self.heads
         scale = sin.new_tensor(scale_of_queries + [1.0] * self.key_heads)  # (heads + k,)
-        # (positions, 2, heads + k, d)
-        self.table = torch.stack([cos, sin], 1)[:, :, None] * scale[:, None]
+        table = torch.stack([cos, sin], 1)                          # (positions, 2, d)
+        self.table = table[:, :, None] * scale[:, None]             # (positions, 2, heads + k, d)
 
     def flatten_prompts(self) -> None:
         """Put the prompts' keys and values into the shape that all further tokens need, and their bias."""
-        # (B k, d, P) per layer
-        self.prompt_keys = [keys.flatten(0, 1).mT for keys, _ in self.prompts]
-        # (B k, P, d) per layer
-        self.prompt_values = [values.flatten(0, 1) for _, values in self.prompts]
+        self.prompt_keys = [keys.flatten(0, 1).mT               # (B k, d, P) per layer
+                            for keys, _ in self.prompts]
+        self.prompt_values = [values.flatten(0, 1)              # (B k, P, d) per layer
+                              for _, values in self.prompts]
         if self.bias is not None:
             per_head = self.bias.repeat_interleave(self.key_heads * self.rows, 0)
             self.padding = per_head[:, None]                        # (B k R, 1, P)
@@ -114,7 +115,8 @@ class Decoding:
         """The last layer's output at one new token per row."""
         batch, d = self.prompts[0].shape[1], self.own.shape[-1]
         own = self.own.narrow(2, 0, batch * self.key_heads * self.rows)
-        slots = own.select(3, self.tokens).view(-1, 2, batch, self.key_heads, self.rows, d).unbind()
+        slots = own.select(3, self.tokens)                          # (layers, 2, B k R, d)
+        slots = slots.view(-1, 2, batch, self.key_heads, self.rows, d).unbind()
         own_keys, own_values = own.narrow(3, 0, self.tokens + 1).unbind(1)  # (layers, B k R, c, d)
         own_keys, own_values = own_keys.mT.unbind(), own_values.unbind()
         cos, sin = self.table.index_select(0, self.offset).unbind(1)  # (n, heads + k, d)
@@ -129,12 +131,14 @@ class Decoding:
             rolled = queries_and_keys.roll(d // 2, 2)
             queries_and_keys.mul_(cos).addcmul_(rolled, sin)
             queries, new = qkv.split((self.heads, 2 * self.key_heads), 1)
-            slots[i].copy_(new.view(batch, self.rows, 2, self.key_heads, d).permute(2, 0, 3, 1, 4))
+            new = new.view(batch, self.rows, 2, self.key_heads, d)
+            slots[i].copy_(new.permute(2, 0, 3, 1, 4))              # (2, B, k, R, d)
             attended = self.attend(queries, self.prompt_keys[i], self.prompt_values[i],
                                    own_keys[i], own_values[i], bias)
             x = layer.add_out(x, attended)
             y = layer.mlp_norm(x)
-            x = layer.add_down(x, layer.act(layer.gate(y)).mul_(layer.up(y)))
+            gated = layer.act(layer.gate(y)).mul_(layer.up(y))
+            x = layer.add_down(x, gated)
         self.offset += 1
         self.tokens += 1
         return self.norm(x)
@@ -151,13 +155,14 @@ class Decoding:
         to_prompt = torch.bmm(q, prompt_keys)                       # (B k, R g, P)
         q = q.reshape(-1, shared, d)                                # (B k R, g, d)
         to_own = torch.bmm(q, own_keys)                             # (B k R, g, c)
-        scores = torch.cat((to_prompt.view(-1, shared, length), to_own), 2)  # (B k R, g, P + c)
+        to_prompt_by_row = to_prompt.view(-1, shared, length)       # (B k R, g, P)
+        scores = torch.cat((to_prompt_by_row, to_own), 2)           # (B k R, g, P + c)
         if bias is not None:
             scores.add_(bias)
         weights = scores.softmax(2)                                             # computed in fp32
         of_prompt, of_own = weights.split((length, own_values.shape[1]), 2)
-        # (B k R, g, d)
-        out = torch.bmm(of_prompt.view(to_prompt.shape), prompt_values).view(q.shape)
+        of_prompt = of_prompt.view(to_prompt.shape)                 # (B k, R g, P)
+        out = torch.bmm(of_prompt, prompt_values).view(q.shape)     # (B k R, g, d)
         out.baddbmm_(of_own, own_values)
         out = out.view(batch, self.key_heads, self.rows, shared, d).transpose(1, 2)
         return out.reshape(n, heads * d)
@@ -168,9 +173,10 @@ class Decoding:
         self.rows = len(rows) // len(kept)
         self.offset = self.offset[rows]
         prompt, row = rows // rows_before, rows % rows_before
-        first = (prompt * self.key_heads * rows_before + row).view(-1, 1, self.rows)  # (kept, 1, R)
-        heads = torch.arange(self.key_heads, device=rows.device)[:, None] * rows_before  # (k, 1)
-        places = (first + heads).flatten()                          # (kept k R,)
+        first = prompt * self.key_heads * rows_before + row         # place of the first head
+        first = first.view(-1, 1, self.rows)                        # (kept, 1, R)
+        heads = torch.arange(self.key_heads, device=rows.device)[:, None]           # (k, 1)
+        places = (first + heads * rows_before).flatten()            # (kept k R,)
         for layer, own in enumerate(self.own):      # in place, with a copy of one layer at a time
             own[:, :len(places), :self.tokens] = own[:, places, :self.tokens]
             if len(kept) < self.prompts[layer].shape[1]:

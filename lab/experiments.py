@@ -260,8 +260,11 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
     if arm.watched:
         every = max(setting.steps // 5, 1)
         own += flags(eval_annotations=setting.test, eval_every=every, eval_samples=100)
-    drawn = [tasks.draw(step, seed, 0.8, list(tasks.INVERSIONS)).name for step in range(setting.steps)]
-    own += shlex.split(arm.flags.format(tvg_steps=drawn.count("TVG")))
+    arm_flags = arm.flags
+    if "{tvg_steps}" in arm_flags:
+        drawn = [tasks.draw(step, seed, 0.8, list(tasks.INVERSIONS)).name for step in range(setting.steps)]
+        arm_flags = arm_flags.format(tvg_steps=drawn.count("TVG"))
+    own += shlex.split(arm_flags)
     test = flags(model=trained / "model", annotations=setting.test, output=folder / "test")
     test += setting.shared_flags + setting.test_flags
     all_flags = f"{config.train_flags} {arm.flags}".strip()

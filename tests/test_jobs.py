@@ -3,7 +3,8 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from conftest import ROOT
 
 from lab import jobs
 
@@ -24,31 +25,38 @@ def test_a_job_waits_for_its_need_and_its_commands_follow_each_other(tmp_path):
     assert ended == ["first", "second"]
 
 
-def test_at_most_so_many_at_once(tmp_path):
-    """Each notes when it began and ended; of three jobs two are never three at a time, and two do overlap."""
-    code = "import time; print('at', time.time(), flush=True); time.sleep(0.6); print('at', time.time())"
-    assert jobs.run([job(tmp_path, name, (code,)) for name in "abc"], 2, 1, lambda job: "") == []
+def test_at_most_so_many_side_by_side(tmp_path):
+    """Each notes when it began and ended; of three jobs two are never three at a time, and two do overlap. Each has
+    the threads that it is given."""
+    code = ("import os, time; print('at', time.time(), flush=True); time.sleep(0.6); print('at', time.time()); "
+            "print('threads', os.environ['OMP_NUM_THREADS'])")
+    assert jobs.run([job(tmp_path, name, (code,)) for name in "abc"], 2, 3, lambda job: "") == []
     spans = []
     for name in "abc":
-        spans.append([float(line.split()[1]) for line in (tmp_path / f"{name}.log").read_text().splitlines()
-                      if line.startswith("at")])
+        lines = (tmp_path / f"{name}.log").read_text().splitlines()
+        spans.append([float(line.split()[1]) for line in lines if line.startswith("at")])
+        assert lines[-1] == "threads 3"
     spans.sort()
     assert spans[1][0] < spans[0][1] and spans[2][0] > min(spans[0][1], spans[1][1])
 
 
 def test_a_failure_is_named_and_takes_what_needs_it_along(tmp_path, capsys):
-    bad = job(tmp_path, "bad", ("import sys; print('the disk is full'); sys.exit(3)",))
+    bad = job(tmp_path, "bad", ("print('the disk is full'); exit(3)",))
+    killed = job(tmp_path, "killed", ("import os; os.kill(os.getpid(), 9)",), (WRITE, tmp_path / "never"))
     after, other = job(tmp_path, "after", ("",), needs=bad), job(tmp_path, "other", ("",))
     ended = []
-    assert set(jobs.run([bad, after, other], 1, 1, lambda job: ended.append(job.name) or "")) == {"bad", "after"}
-    assert ended == ["other"]
-    assert f"bad: FAILED with exit code 3: the disk is full  ({tmp_path / 'bad.log'})" in capsys.readouterr().out
+    failed = jobs.run([bad, killed, after, other], 1, 1, lambda job: ended.append(job.name) or "")
+    assert sorted(failed) == ["after", "bad", "killed"] and ended == ["other"]
+    assert not (tmp_path / "never").exists()
+    printed = capsys.readouterr().out
+    assert f"bad: FAILED with exit code 3: the disk is full  ({tmp_path / 'bad.log'})" in printed
+    assert "killed: FAILED with exit code -9" in printed
 
 
 def test_a_stop_reaches_what_runs(tmp_path):
     """SIGTERM ends the program and what it started, and nothing new begins."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(jobs.__file__).parent.parent)!r})
+import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from lab import jobs
 sleeper = "import signal, sys, time; from pathlib import Path; " \\
@@ -59,5 +67,5 @@ jobs.run([jobs.Job(name, Path(name), [[sys.executable, "-c", sleeper]]) for name
     while not (tmp_path / "began").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert (tmp_path / "stopped").exists() and (tmp_path / "a.log").exists() and not (tmp_path / "b.log").exists()

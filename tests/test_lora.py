@@ -1,5 +1,6 @@
 """LoRA: adapters alone learn, are nothing when off, and are a folder that peft reads."""
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import random_clip, read_rows, seeded, sft_config, together, train_config, whole
+from conftest import ROOT, random_clip, read_rows, seeded, sft_config, together, train_config, whole
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 import evaluate
 import ground
@@ -92,19 +93,20 @@ def test_the_seed_alone_draws_a(folder):
         else:
             bound = weight.shape[1] ** -0.5         # peft's distribution is uniform
             assert 0.9 * bound < weight.abs().max() <= bound and not torch.equal(weight, other[name])
+            assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
 
 
 def test_what_is_saved_is_a_folder_of_peft(folder, tmp_path, scored):
-    """The same model in transformers, merged with the three lines of docs/running.md, and in this project."""
+    """The same model in transformers, merged by the code in docs/transformers.md, and in this project."""
     policy, encoder = build(folder / "model")
     path = tmp_path / "adapters"
     model.save(policy, encoder, path)
     assert not (path / "config.json").exists() and (path / "generation_config.json").exists()
     assert {path.stat().st_mode & 0o777 for path in path.iterdir()} == {0o644}
 
-    qwen = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
-    peft.PeftModel.from_pretrained(qwen, path).merge_and_unload().save_pretrained(tmp_path / "merged")
-    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "merged")
+    code = re.search(r"```python\n(import peft.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL)[1]
+    code = code.replace("runs/lora/model", str(path)).replace("runs/lora", str(tmp_path))
+    exec(code.replace("Qwen/Qwen2.5-VL-3B-Instruct", str(folder / "model")))
 
     in_transformers = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
     merged, _ = model.load(str(tmp_path / "merged"))
