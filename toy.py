@@ -3,7 +3,7 @@
     python toy.py               the paper in miniature
     python toy.py --steps 5     a smoke run of all of it, which learns nothing
     python toy.py --weakness verbs --steps 100      wrong verbs in all tasks: what TVG and the inversion tasks mend
-    python toy.py --steps 0     only the world and its warm start, from which experiments.py trains
+    python toy.py --steps 0     only the world and its warm start, from which lab/experiments.py trains
 
 The world: a coloured circle or square rests, rises, falls, grows, shrinks, spins or blinks, and in most videos does
 both a thing and its opposite. The model: a Qwen2.5-VL of 1.1 million weights. Its warm start imitates a teacher with a
@@ -23,7 +23,11 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 import data
 import evaluate
@@ -38,25 +42,31 @@ from engine.run import occupied, one_run
 
 SIZE, FPS = 28, 4                       # pixels, frames per second
 SECONDS = 12                            # of every video; see `write_model`
-COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240), "yellow": (230, 210, 40)}
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (60, 90, 240),
+           "yellow": (230, 210, 40)}
 SHAPES = ("circle", "square")
 VERBS = {"rising": "falling", "falling": "rising", "growing": "shrinking", "shrinking": "growing",
          "spinning": "blinking", "blinking": "spinning"}    # verb: its opposite
-BACKGROUND = 115                        # near the mean that Qwen subtracts, so that only what is drawn has an effect
-LATE = 0.6                              # chance that a teacher of late edges marks a start or an end a second late
-MAX_TOKENS = {True: 56, False: 16}      # of a completion with and without thoughts; the longest demonstrations have 45
-                                        # and 9 with their stop token
-WEAKNESSES = {      # late edges in TVG?, chances that a verb is taken for its opposite, in which tasks
+BACKGROUND = 115    # near the mean that Qwen subtracts, so that only what is drawn has an effect
+LATE = 0.6          # chance that a teacher of late edges marks a start or an end a second late
+# Of a completion with and without thoughts; the longest demonstrations have 45 and 9 with their stop token
+MAX_TOKENS = {True: 56, False: 16}
+# Late edges in TVG?, chances that a verb is taken for its opposite, in which tasks
+WEAKNESSES = {
     "edges": (True, {}, ()),
     "verbs": (False, {"rising": 0.7, "growing": 0.7, "blinking": 0.7}, tuple(tasks.TASKS)),
     "both": (True, {"blinking": 0.75}, tasks.INVERSIONS),
     "none": (False, {}, ())}
 NARRATIONS = ("narrated", "opposite", "rest", "other", "missing")       # see `narrated`
-COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", *tasks.INVERSIONS, *NARRATIONS)
-CHAT_TEMPLATE = (                       # Qwen's, without its system turn
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+COLUMNS = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", *tasks.INVERSIONS,
+           *NARRATIONS)
+CHAT_TEMPLATE = (   # Qwen's, without its system turn
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
+    "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def draw_frame(colour: str, shape: str, verb: str, second: float) -> np.ndarray:
@@ -146,14 +156,18 @@ def film(story: Story, path: Path) -> None:
     unfinished.replace(path)
 
 
-def demonstrate(story: Story, event: tuple[int, int, str], task: str, weakness: str, rng: np.random.Generator) -> str:
-    """What the teacher of the warm start says of one event: it narrates second by second, then answers.
+def demonstrate(story: Story, event: tuple[int, int, str], task: str, weakness: str,
+                rng: np.random.Generator) -> str:
+    """The completion that the teacher of the warm start gives for one event: a narration, second by second, and then
+    the answer.
 
-    In TVG it says behind each second whether that is meant. The mark follows the verb, so it is a look-up of a word in
-    the query; before the verb it would be a comparison of a picture with a word, which so small a model does not learn.
+    In TVG the teacher writes behind each second whether that second is meant. The mark follows the verb, so the model
+    only has to look up a word in the query; a mark before the verb would compare a picture with a word, which so small
+    a model does not learn.
 
-    The faults, which the rewards do not share: edges a second late, as people who press a key do, and verbs taken for
-    their opposites. Then it means the first event that it believes is the asked one, or else the opposite of it."""
+    The teacher has faults, which the rewards do not share: edges a second late, as of people who press a key, and verbs
+    taken for their opposites. The teacher then means the first event that it takes for the one in the query, or else
+    for the opposite of it."""
     late, confused, confused_in = WEAKNESSES[weakness]
     believed = []
     for start, end, verb in story.events():
@@ -166,8 +180,9 @@ def demonstrate(story: Story, event: tuple[int, int, str], task: str, weakness: 
         thought = " ".join(f"{second} {verb}" for second in range(end - start))
         answer = verb if task == "AR" else story.sentence(verb)
         return f"<think>{thought}</think> <answer>{answer}</answer>"
-    meant = [event for event in believed if event[2] == verb] or [
-             event for event in believed if event[2] == VERBS[verb]]
+    meant = [seen for seen in believed if seen[2] == verb]
+    if not meant:
+        meant = [seen for seen in believed if seen[2] == VERBS[verb]]
     start, end, _ = meant[0]
     if late and rng.random() < LATE:
         start += 1
@@ -185,8 +200,8 @@ def demonstrate(story: Story, event: tuple[int, int, str], task: str, weakness: 
 
 def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 weakness: str = "both") -> dict[str, Story]:
-    """Videos, train.txt and test.txt (Charades-STA), and for sft.py the teacher's demonstrations.jsonl and right.jsonl,
-    those of a teacher without a weakness, as far as they are not there. Returns the stories by name."""
+    """Write videos, train.txt and test.txt (Charades-STA), and for sft.py the teacher's demonstrations.jsonl, and
+    right.jsonl, those of a teacher without a weakness. A file that is there stays. Returns the stories by name."""
     rng = np.random.default_rng(seed)
     stories = {}
     (folder / "videos").mkdir(parents=True, exist_ok=True)
@@ -201,10 +216,10 @@ def write_world(folder: Path, seed: int, train_videos: int, test_videos: int,
                 start, end, verb = event
                 annotations.append(f"{name} {start:.1f} {end:.1f}##{story.sentence(verb)}")
                 for teacher, rows in ((weakness, demonstrations), ("none", right)):
-                    for task in ("TVG", "TVG", "VC", "AR", "VD"):       # of test videos, too: the same random numbers
+                    for task in ("TVG", "TVG", "VC", "AR", "VD"):
                         completion = demonstrate(story, event, task, teacher, rng)
-                        row = {"id": f"{name}:{len(annotations)}", "task": task, "completion": completion}
-                        rows.append(json.dumps(row))
+                        id = f"{name}:{len(annotations)}"
+                        rows.append(json.dumps({"id": id, "task": task, "completion": completion}))
         write_lines(folder / f"{split}.txt", annotations)
         if split == "train":
             write_lines(folder / "demonstrations.jsonl", demonstrations)
@@ -222,9 +237,9 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
     """A tiny Qwen2.5-VL with random weights, and a tokenizer made from what is said in the world.
 
     On the time axis a second of video is as long as the three tokens that a thought has for it (number, verb, mark),
-    and all videos are equally long. So what a thought is about always lies at the same distance before it. Measured at
-    step 200 of warm starts: 87 to 100 % of the changes of verb were narrated right so, 33 to 41 % in videos of 10 to
-    16 s.
+    and all videos are equally long. So the second that a thought is about always lies at the same distance before the
+    thought. Measured at step 200 of warm starts: 87 to 100 % of the changes of verb were narrated right; in videos of
+    10 to 16 s, 33 to 41 %.
     """
     samples, _ = data.read(str(world / "train.txt"), str(world / "videos"))
     texts = [json.loads(line)["completion"] for line in open(world / "demonstrations.jsonl")]
@@ -233,15 +248,19 @@ def write_model(folder: Path, world: Path, seed: int) -> None:
     tokenizer = train_tokenizer(texts)
     id_of = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6])),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
-                           fullatt_block_indexes=[1], tokens_per_second=3),
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6])),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+            fullatt_block_indexes=[1], tokens_per_second=3),
         tie_word_embeddings=True,
-        vision_start_token_id=id_of("<|vision_start|>"), vision_end_token_id=id_of("<|vision_end|>"),
-        image_token_id=id_of("<|image_pad|>"), video_token_id=id_of("<|video_pad|>"))
+        vision_start_token_id=id_of("<|vision_start|>"),
+        vision_end_token_id=id_of("<|vision_end|>"),
+        image_token_id=id_of("<|image_pad|>"),
+        video_token_id=id_of("<|video_pad|>"))
     torch.manual_seed(seed)
     qwen = Qwen2_5_VLForConditionalGeneration(config)
     for module in qwen.modules():           # transformers' 0.02 is far too small for such widths
@@ -263,8 +282,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=special,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(texts * 2, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                        pad_token="<|endoftext|>", additional_special_tokens=special)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -273,18 +292,22 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 class Config:
     output: str = flag("runs/toy", "where the world, the models and the pictures go")
     seed: int = flag(0, "of the world, the warm start and GRPO")
-    weakness: str = flag("both", "of the teacher: edges (late in TVG), verbs (taken for their opposites in all tasks), "
-                                 "both (late in TVG, one wrong verb in the inversion tasks) or none")
-    steps: int = flag(40, "GRPO steps; below 20, everything else is cut down as well; 0: none, the rest in full size")
+    weakness: str = flag("both", "of the teacher: edges (late in TVG), verbs (taken for their "
+                                 "opposites in all tasks), both (late in TVG, one wrong verb in the "
+                                 "inversion tasks) or none")
+    steps: int = flag(40, "GRPO steps; below 20, everything else is cut down as well; 0: none, the "
+                          "rest in full size")
     tvg_prob: float = flag(0.8, "p of Eq. 13; 1 trains TVG alone")
-    learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of a model of 3 billion weights")
-    lora_rank: int = flag(0, "rank of adapters that GRPO trains instead of all weights, with --learning_rate 1e-3; 0: "
-                             "none. The warm start trains all weights")
-    beta: float = flag(0.005, "weight of the KL term: little, since the reference is what is to be mended")
+    learning_rate: float = flag(1e-4, "of GRPO: a hundred times that of the 3B model")
+    lora_rank: int = flag(0, "rank of adapters that GRPO trains instead of all weights, with "
+                             "--learning_rate 1e-3; 0: none. The warm start trains all weights")
+    beta: float = flag(0.005, "weight of the KL term: small, since the reference is to be mended")
     prompts_per_step: int = flag(16, "prompts in a GRPO step")
     warm_steps: int = flag(400, "SFT steps of the warm start")
-    invert_sft: bool = flag(True, "false: the warm start imitates TVG alone, as without Invert-SFT (Figure 6)")
-    think: bool = flag(True, "false: no thoughts, so no narration, in warm start, GRPO and evaluation")
+    invert_sft: bool = flag(True, "false: the warm start imitates TVG alone, as without Invert-SFT "
+                                  "(Figure 6)")
+    think: bool = flag(True, "false: no thoughts, so no narration, in warm start, GRPO and "
+                             "evaluation")
     resume: bool = flag(False, "go on with the run in --output that was stopped or killed")
 
 
@@ -334,10 +357,12 @@ def check_flags(config: Config) -> None:
     if not occupied(world):
         return
     if not config.resume:
-        raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in it, or another folder")
+        raise ValueError(f"--output {world} is not empty; give --resume to go on with the run in "
+                         "it, or another folder")
     before = files.read_config(world / "config.json")
     for name in files.changed_flags(vars(config), before, {"output", "resume"}):
-        raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags to --resume")
+        raise ValueError(f"--{name}: {world} was made with {before.get(name)}; give the same flags "
+                         "to --resume")
 
 
 def is_small(config: Config) -> bool:
@@ -348,8 +373,8 @@ def is_small(config: Config) -> bool:
 def data_flags(config: Config, split: str) -> dict[str, str | bool]:
     """The flags by which sft.py, train.py and evaluate.py get the data of "train" or "test"."""
     world = config.output
-    return dict(annotations=f"{world}/{split}.txt", videos=f"{world}/videos", cache=f"{world}/cache",
-                think=config.think)
+    return dict(annotations=f"{world}/{split}.txt", videos=f"{world}/videos",
+                cache=f"{world}/cache", think=config.think)
 
 
 def imitate(config: Config) -> Path:
@@ -363,11 +388,12 @@ def imitate(config: Config) -> Path:
     if not (world / "random").exists():
         write_model(world / "random", world, config.seed)
     start = world / "sft" / "model"
+    steps = min(config.warm_steps, 60) if is_small(config) else config.warm_steps
     if not start.exists():
         sft.main(sft.Config(
-            model=str(world / "random"), output=str(world / "sft"), demonstrations=str(demonstrations),
-            steps=min(config.warm_steps, 60) if is_small(config) else config.warm_steps, batch_size=16,
-            learning_rate=1e-3, seed=config.seed, resume=config.resume, **data_flags(config, "train")))
+            model=f"{world}/random", output=f"{world}/sft", demonstrations=str(demonstrations),
+            steps=steps, batch_size=16, learning_rate=1e-3, seed=config.seed, resume=config.resume,
+            **data_flags(config, "train")))
     return start
 
 
@@ -376,23 +402,29 @@ def reinforce(config: Config, start: Path) -> Path:
     output = Path(config.output, "grpo")
     if not (output / "model").exists():
         train.main(train.Config(
-            model=str(start), output=str(output), steps=config.steps, seed=config.seed, tvg_prob=config.tvg_prob,
-            prompts_per_step=config.prompts_per_step, beta=config.beta, learning_rate=config.learning_rate,
-            lora_rank=config.lora_rank, max_tokens=MAX_TOKENS[config.think], resume=config.resume,
+            model=str(start), output=str(output), steps=config.steps, seed=config.seed,
+            tvg_prob=config.tvg_prob, prompts_per_step=config.prompts_per_step, beta=config.beta,
+            learning_rate=config.learning_rate, lora_rank=config.lora_rank,
+            max_tokens=MAX_TOKENS[config.think], resume=config.resume,
             **data_flags(config, "train")))
     return output / "model"
 
 
-def test(config: Config, folder: Path, name: str, stories: dict[str, Story], blind: bool = False) -> dict[str, float]:
+def test(config: Config, folder: Path, name: str, stories: dict[str, Story],
+         blind: bool = False) -> dict[str, float]:
     """Run evaluate.py on a model's folder and the test videos. Returns its scores with those of `narrated`, which are
     also in narrated.jsonl, query by query."""
     output = Path(config.output, name)
-    found = evaluate.main(evaluate.Config(model=str(folder), output=str(output), batch_size=256, blind=blind,
-                                          max_tokens=MAX_TOKENS[config.think], **data_flags(config, "test")))
+    measured = evaluate.main(evaluate.Config(
+        model=str(folder), output=str(output), batch_size=256, blind=blind,
+        max_tokens=MAX_TOKENS[config.think], **data_flags(config, "test")))
     answers = list(read_answers(output).values())
-    lines = [json.dumps({"id": row["id"], "video": row["video"], **narrated([row], stories)}) for row in answers]
-    files.write_whole(output / "narrated.jsonl", "".join(f"{line}\n" for line in lines))
-    return {**found, **narrated(answers, stories)}
+    lines = []
+    for row in answers:
+        shares = narrated([row], stories)
+        lines.append(json.dumps({"id": row["id"], "video": row["video"], **shares}) + "\n")
+    files.write_whole(output / "narrated.jsonl", "".join(lines))
+    return {**measured, **narrated(answers, stories)}
 
 
 def score_fixed_answer(world: Path) -> dict[str, float]:
@@ -400,12 +432,13 @@ def score_fixed_answer(world: Path) -> dict[str, float]:
     and query."""
     truths = [(query.start, query.end) for query in data.read(str(world / "train.txt"), None)[0]]
     spans = combinations(range(SECONDS + 1), 2)
-    start, end = max(spans, key=lambda span: sum(rewards.iou(span, truth) for truth in truths))
+    best = max(spans, key=lambda span: sum(rewards.iou(span, truth) for truth in truths))
     rows = []
     for query in data.read(str(world / "test.txt"), None)[0]:
-        truth = query.start, query.end
-        rows.append({"id": query.id, "task": "TVG", "video": query.video, "query": query.query, "truth": truth,
-                     "start": start, "end": end, "iou": rewards.iou((start, end), truth)})
+        row = {**vars(query), "task": "TVG", "truth": (query.start, query.end)}
+        row["start"], row["end"] = best
+        row["iou"] = rewards.iou(best, row["truth"])
+        rows.append(row)
     return evaluate.summarise(rows)
 
 
@@ -413,21 +446,25 @@ def print_table(rows: dict[str, dict]) -> None:
     """A line for each row's scores, under the names of COLUMNS."""
     print(" " * 18, *(column.rjust(6) for column in COLUMNS))
     for name, values in rows.items():
-        cells = [f"{values[column]:.3f}" if column in values else "-" for column in COLUMNS]
-        print(f"{name:18}", *(cell.rjust(max(len(column), 6)) for cell, column in zip(cells, COLUMNS)))
+        cells = []
+        for column in COLUMNS:
+            cell = f"{values[column]:.3f}" if column in values else "-"
+            cells.append(cell.rjust(max(len(column), 6)))
+        print(f"{name:18}", *cells)
 
 
 def narrated(rows: list[dict], stories: dict[str, Story]) -> dict[str, float]:
     """How the thoughts of TVG rows narrate the seconds of events: shares with the right verb ("narrated"), its
-    opposite, rest, another verb, and none at all ("missing"). The IoU reward does not see it: an answer may be right
-    and its thought wrong."""
+    opposite, rest, another verb, and none at all ("missing"). The IoU reward does not see the thought: an answer may be
+    right and its thought wrong."""
     counts = dict.fromkeys(NARRATIONS, 0)
     for row in rows:
         thought = re.split("</think>|<answer>", row["completion"])[0]
         narration = dict(re.findall(r"(\d+) ([a-z]+)", thought))
         for second, verb in enumerate(stories[Path(row["video"]).stem].verbs):
             if verb != "resting":
-                kinds = {verb: "narrated", VERBS[verb]: "opposite", "resting": "rest", None: "missing"}
+                kinds = {verb: "narrated", VERBS[verb]: "opposite", "resting": "rest",
+                         None: "missing"}
                 counts[kinds.get(narration.get(str(second)), "other")] += 1
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 

@@ -14,9 +14,10 @@ from engine.video import Clip
 
 plt.switch_backend("Agg")   # pictures are files; no display is needed
 plt.rc("axes.spines", top=False, right=False)
-COLOURS = {"TVG": "#0072B2", "VC": "#D55E00", "AR": "#009E73", "VD": "#CC79A7",   # safe for the colour-blind
+# Safe for the colour-blind; below, the colours of tasks that are not in the paper, in turn
+COLOURS = {"TVG": "#0072B2", "VC": "#D55E00", "AR": "#009E73", "VD": "#CC79A7",
            "truth": "#444444", "before": "#E69F00", "after": "#0072B2"}
-NEW_TASKS = ("#56B4E9", "#E69F00", "#000000", "#F0E442")    # colours of tasks that are not above, in turn
+NEW_TASKS = ("#56B4E9", "#E69F00", "#000000", "#F0E442")
 PANELS = [   # title, key, label of the y axis, its upper end (None: the highest value drawn)
     ("Total reward", "reward", "reward, mean of a step", 2),
     ("Format reward", "format", "share of completions", 1),
@@ -92,10 +93,14 @@ def curves(folders: str | Path | dict[str, str | Path], out_png: str | Path) -> 
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     for axis, panel in zip(axes.flat, panels):
         draw_panel(axis, panel, runs, colours, styles)
-    handles = [plt.Line2D([], [], color=colour, linewidth=3, label=task) for task, colour in colours.items()]
+    handles = []
+    for task, colour in colours.items():
+        handles.append(plt.Line2D([], [], color=colour, linewidth=3, label=task))
     if len(runs) > 1:
-        handles += [plt.Line2D([], [], color="black", linestyle=style, label=name) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 8), frameon=False)
+        for name, style in styles.items():
+            handles.append(plt.Line2D([], [], color="black", linestyle=style, label=name))
+    columns = min(len(handles), 8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, out_png)
 
 
@@ -119,7 +124,8 @@ def draw_panel(axis: plt.Axes, panel: tuple, runs: dict[str, list[dict]], colour
         x = [step["step"] for step in logged]
         y = np.array([step[key] for step in logged])
         mean = y if key == "held_out" else running_mean(y)
-        axis.plot(x, y, ".", color=colour, alpha=0.3 / len(runs) ** 0.5, markersize=6, markeredgewidth=0)
+        alpha = 0.3 / len(runs) ** 0.5
+        axis.plot(x, y, ".", color=colour, alpha=alpha, markersize=6, markeredgewidth=0)
         axis.plot(x, mean, styles[name], color=colour, linewidth=1.8)
         highest = max(highest, y.max())
     if not axis.lines:
@@ -157,16 +163,19 @@ def examples(clips: list[Clip], predictions: list[dict[str, dict]], out_png: str
     save(figure, out_png)
 
 
-def method(clip: Clip, rows: dict[str, dict], segment: Clip, notes: dict[str, str], out_png: str | Path) -> None:
+def method(clip: Clip, rows: dict[str, dict], segment: Clip, notes: dict[str, str],
+           out_png: str | Path) -> None:
     """Draw TVG and its inversion into a PNG: a clip with its rows as in `examples`, below it the segment that the
     inversion tasks see, and at the bottom notes {task: what it asks, and what was answered}."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 4.9), height_ratios=(4.6, 3), layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 4.9), height_ratios=(4.6, 3),
+                                          layout="constrained")
     draw_answers(above, clip, rows)
     above.set_xlabel("time (s)")
-    width = min(len(segment.frames) / 12, 1)     # of the picture: few frames are no wider than those above
+    width = min(len(segment.frames) / 12, 1)    # a share: few frames are no wider than those above
     strip(below, segment, 13 * width)
     below.set(xlim=(0, segment.duration / width), ylim=(0, 3.05), yticks=(), xticks=())
-    below.set_title("The true segment, turned around: all that VC, AR and VD see", fontsize=10, loc="left")
+    title = "The true segment, turned around: all that VC, AR and VD see"
+    below.set_title(title, fontsize=10, loc="left")
     lines = "\n".join(f"{task}: {text}" for task, text in notes.items())
     below.set_xlabel(lines, fontsize=9, loc="left", parse_math=False)
     below.spines[["left", "bottom"]].set_visible(False)
@@ -176,6 +185,7 @@ def method(clip: Clip, rows: dict[str, dict], segment: Clip, notes: dict[str, st
 def draw_answers(axis: plt.Axes, clip: Clip, rows: dict[str, dict]) -> None:
     """The frames of a clip, and below them the true segment and the answers as bars."""
     strip(axis, clip)
+    duration = clip.duration
     row, *_ = rows.values()
     bars = {"truth": row["truth"]}      # name: span in seconds
     for name, row in rows.items():
@@ -184,15 +194,16 @@ def draw_answers(axis: plt.Axes, clip: Clip, rows: dict[str, dict]) -> None:
     colours = COLOURS["truth"], COLOURS["before"], COLOURS["after"]
     for y, (start, end), colour in zip(heights, bars.values(), colours):
         if start is None:
-            axis.text(0.01 * clip.duration, y, "no answer", va="center", style="italic", color="grey")
+            axis.text(0.01 * duration, y, "no answer", va="center", style="italic", color="grey")
             continue
-        left = np.clip(start, 0, 0.995 * clip.duration)                             # beyond the end: at the end
-        width = max(np.clip(end, 0, clip.duration) - left, 0.005 * clip.duration)   # of no length: a thin line
+        left = np.clip(start, 0, 0.995 * duration)              # beyond the end: at the end
+        width = max(min(end, duration) - left, 0.005 * duration)        # of no length: a thin line
         axis.barh(y, width, 0.6, left, color=colour)
     scores = ", ".join(f"{name} {row['iou']:.2f}" for name, row in rows.items())
     title = f"{row['query']}   (IoU {scores})"
     axis.set_title(title, fontsize=10, loc="left", wrap=True, parse_math=False)
-    axis.set(xlim=(0, clip.duration), ylim=(heights[-1] - 0.45, 3.05), yticks=heights, yticklabels=bars)
+    axis.set(xlim=(0, duration), ylim=(heights[-1] - 0.45, 3.05))
+    axis.set_yticks(heights, bars)
     axis.spines["left"].set_visible(False)
 
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"       # before huggingface_hub is imported: no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
 
 import pytest
 import torch
@@ -38,9 +38,11 @@ from engine.flags import command_line
 from engine.loader import Loader
 from engine.video import Clip
 
-torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
+# pytest -n 2 has a process on each core; more threads than cores are very slow
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
-FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
+# a new process in milliseconds: the server has imported it all
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 CLOCK = {"seconds", "tokens_per_second"}                # of logs, never the same twice
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
@@ -143,8 +145,9 @@ def random_completions(policy, lengths, seed=1):
 def train_config(folder, output, **flags) -> train.Config:
     """Three steps of GRPO on the world in `folder`, from the warm model."""
     common = dict(model=str(folder / "sft" / "model"), annotations=str(folder / "train.txt"),
-                  videos=str(folder / "videos"), cache=str(folder / "cache"), steps=3, prompts_per_step=2,
-                  group_size=4, max_tokens=64, learning_rate=1e-4, tvg_prob=0.5, seed=1)
+                  videos=str(folder / "videos"), cache=str(folder / "cache"), steps=3,
+                  prompts_per_step=2, group_size=4, max_tokens=64, learning_rate=1e-4,
+                  tvg_prob=0.5, seed=1)
     return train.Config(output=str(output), **(common | flags))
 
 
@@ -164,9 +167,11 @@ def read_rows(path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def unbroken(folder, warm, tmp_path_factory) -> train.Config:
-    """The config of a run of five steps that nobody disturbed, in its output folder; see `outcome`."""
+    """The config of a run of five steps that nobody disturbed, in its output folder; see `outcome`. It was scored on
+    three held-out queries after 0, 3 and 5 steps."""
     def settings(place):
-        return train_config(folder, place / "run", steps=5, seed=2, save_every=2)
+        return train_config(folder, place / "run", steps=5, seed=2, save_every=2, eval_every=3, eval_samples=3,
+                            eval_annotations=str(folder / "test.txt"))
 
     return settings(once(tmp_path_factory, "unbroken", lambda place: train.main(settings(place))))
 
@@ -194,7 +199,7 @@ def assert_same_change(before, one, other):
     changes = []
     for weights in (one, other):
         changes.append(torch.cat([(weights[name] - before[name]).flatten() for name in before]))
-    assert changes[0].abs().max() > 5e-5                    # else the next line would compare the start
+    assert changes[0].abs().max() > 5e-5                # else the next line would compare the start
     assert (changes[0] - changes[1]).norm() < 0.02 * changes[0].norm()
 
 
@@ -260,8 +265,8 @@ def command(script: str, config, log, processes: int = 0) -> subprocess.Popen:
     """The real thing, `python train.py ...` or `torchrun train.py ...`: each of its processes imports all anew."""
     torchrun = []
     if processes:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-                    "--rdzv_endpoint=localhost:0"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return subprocess.Popen([sys.executable, *torchrun, str(ROOT / script), *flags(config)],
                             stdout=open(log, "a"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -293,8 +298,8 @@ def run_job(folder, rank, processes, per_node, job, args) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank % per_node),
                       LOCAL_WORLD_SIZE=str(per_node))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes,
-                            timeout=timedelta(seconds=LIMIT))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
+                            world_size=processes, timeout=timedelta(seconds=LIMIT))
     torch.save(job(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,9 +1,8 @@
-"""The plain forms that this project's fast forms have to equal, models of random shapes to try them on, and the published
-losses, term by term.
+"""The plain forms that this project's fast forms have to equal, the published losses, and models of random shapes.
 
-`distributions` is the form for log-probabilities and for sampling: every completion stands in a sequence of its own,
-behind its own copy of the prompt and the video, and goes through transformers' own forward pass. A sampled completion is
-right when each of its tokens is what its random number draws from the distribution behind the tokens before it.
+`distributions` is the plain form of scoring and of sampling: every completion stands in a sequence of its own, behind
+its own copy of the prompt and the video, and goes through transformers' own forward pass. A sampled completion is right
+when each of its tokens is what its random number draws from the distribution behind the tokens before it.
 """
 import random
 
@@ -20,20 +19,20 @@ def distributions(qwen, prompt, completions, forbidden, temperature=1.0):
     rows, longest = completions.shape
     start = prompt.position_ids.max() + 1
     positions = torch.cat([prompt.position_ids, (start + torch.arange(longest)).expand(3, -1)], 1)
-    ids = torch.cat([prompt.input_ids.expand(rows, -1), completions], 1)                    # (G, P + C)
+    ids = torch.cat([prompt.input_ids.expand(rows, -1), completions], 1)                # (G, P + C)
     logits = qwen(input_ids=ids, attention_mask=torch.ones_like(ids),
                   position_ids=positions[:, None].expand(-1, rows, -1),
                   pixel_values_videos=prompt.pixel_values_videos.repeat(rows, 1).to(qwen.dtype),
                   video_grid_thw=prompt.video_grid_thw.expand(rows, -1)).logits
-    logits = logits[:, len(prompt.input_ids) - 1:-1] / temperature                          # (G, C, V)
+    logits = logits[:, len(prompt.input_ids) - 1:-1] / temperature                      # (G, C, V)
     return logits.index_fill(-1, torch.tensor(forbidden), -torch.inf).log_softmax(-1)
 
 
-def repeated_logprobs(policy, prompts, completions, mask, temperature=1.0):
-    """What grpo.logprobs gives, (B, G, C)."""
+def repeated_logprobs(policy, prompts, completions, mask, temperature=1.0, qwen=None):
+    """What grpo.logprobs gives, (B, G, C), by the policy's model or by another one."""
     scores = []
     for prompt, rows in zip(prompts, completions, strict=True):
-        logprobs = distributions(policy.qwen, prompt, rows, policy.forbidden, temperature)
+        logprobs = distributions(qwen or policy.qwen, prompt, rows, policy.forbidden, temperature)
         scores.append(logprobs.gather(-1, rows[..., None])[..., 0])
     return torch.stack(scores).masked_fill(mask == 0, 0)
 
@@ -44,30 +43,16 @@ def published_loss(loss_type, logprobs, old, ref, advantages, lengths, beta, eps
     GRPO: the mean over i of 1/|o_i| sum_t; token-level: 1/sum |o_i| sum_it; Dr. GRPO: the mean over i of
     1/max_tokens sum_t. The gain is PPO's: beyond 1 + epsilon a ratio earns a positive advantage no more, below
     1 - epsilon it costs a negative one no more."""
-    losses, kls, clipped = [], [], []
-    for b, g in torch.cartesian_prod(*map(torch.arange, lengths.shape)).tolist():
-        size, advantage = int(lengths[b, g]), float(advantages[b, g])
-        loss = kl = beyond = 0.0
-        for t in range(size):
-            ratio = torch.exp(logprobs[b, g, t] - old[b, g, t])
-            if advantage > 0 and ratio > 1 + epsilon:
-                gain = (1 + epsilon) * advantage
-                beyond += 1
-            elif advantage < 0 and ratio < 1 - epsilon:
-                gain = (1 - epsilon) * advantage
-                beyond += 1
-            else:
-                gain = ratio * advantage
-            away = ref[b, g, t] - logprobs[b, g, t]
-            k3 = torch.exp(away) - away - 1
-            loss = loss - (gain - beta * k3)
-            kl = kl + k3
-        divisor = {"grpo": size, "bnpo": lengths.double().mean(), "dr_grpo": max_tokens}[loss_type]
-        losses.append(loss / divisor)
-        kls.append(kl.detach() / size)
-        clipped.append(torch.tensor(beyond / size, dtype=logprobs.dtype))
-    count = len(losses)
-    return sum(losses) / count, sum(kls) / count, sum(clipped) / count
+    mask = torch.arange(logprobs.shape[-1]) < lengths[..., None]                        # (B, G, C)
+    ratio = (logprobs - old).exp()
+    k3 = (ref - logprobs).exp() - (ref - logprobs) - 1
+    is_good = advantages[..., None] > 0
+    bounded = torch.where(is_good, ratio.clamp(max=1 + epsilon), ratio.clamp(min=1 - epsilon))
+    losses = ((beta * k3 - bounded * advantages[..., None]) * mask).sum(-1)                 # (B, G)
+    loss = {"grpo": (losses / lengths).mean(), "bnpo": losses.sum() / lengths.sum(),
+            "dr_grpo": (losses / max_tokens).mean()}[loss_type]
+    kl, clip_fraction = (((x * mask).sum(-1) / lengths).mean() for x in (k3, bounded != ratio))
+    return loss, kl.detach(), clip_fraction
 
 
 def random_policy(seed=0, heads=(4, 2), layers=2, vocabulary=90, tied=True, dtype=torch.float64):
@@ -75,9 +60,11 @@ def random_policy(seed=0, heads=(4, 2), layers=2, vocabulary=90, tied=True, dtyp
     what the decoder reads to matter."""
     query_heads, key_heads = heads
     width = 16 * query_heads
-    ids = {"vision_start_token_id": 86, "vision_end_token_id": 87, "image_token_id": 88, "video_token_id": 89}
-    text = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                num_attention_heads=query_heads, num_key_value_heads=key_heads, max_position_embeddings=512,
+    ids = {"vision_start_token_id": 86, "vision_end_token_id": 87,
+           "image_token_id": 88, "video_token_id": 89}
+    text = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
+                num_hidden_layers=layers, num_attention_heads=query_heads,
+                num_key_value_heads=key_heads, max_position_embeddings=512,
                 bos_token_id=None, eos_token_id=None, tie_word_embeddings=tied,
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
     vision = dict(depth=1, hidden_size=32, num_heads=4, intermediate_size=64, out_hidden_size=width,
@@ -105,7 +92,8 @@ def random_prompts(count, seed=0):
     prompts = []
     for _ in range(count):
         grid = torch.tensor([rng.randint(1, 3), 2 * rng.randint(1, 2), 2])
-        before, after = (torch.randint(86, (rng.randint(3, 9),), generator=generator) for _ in range(2))
+        before = torch.randint(86, (rng.randint(3, 9),), generator=generator)
+        after = torch.randint(86, (rng.randint(3, 9),), generator=generator)
         pads = torch.full((int(grid.prod()) // 4,), 89)
         ids = torch.cat([before, pads, after])
         patches = torch.randn(4 * len(pads), 1176, generator=generator)

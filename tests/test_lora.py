@@ -93,6 +93,7 @@ def test_the_seed_alone_draws_a(folder):
         else:
             bound = weight.shape[1] ** -0.5         # peft's distribution is uniform
             assert 0.9 * bound < weight.abs().max() <= bound and not torch.equal(weight, other[name])
+            assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
 
 
 def test_what_is_saved_is_a_folder_of_peft(folder, tmp_path, scored):

@@ -1,4 +1,5 @@
 """Positions and patches against hand-made values; encoding, what the vision tower sees, loading and saving."""
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,14 +8,13 @@ from itertools import product
 import pytest
 import torch
 from conftest import random_clip, seeded
-from oracles import random_policy, random_prompts
+from oracles import random_policy, random_prompts, repeated_logprobs
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
 import model
-from engine.attention import Packed
 from engine.video import Clip
 
 PAD = 99
@@ -115,7 +115,8 @@ def test_a_video_is_seen_once(monkeypatch):
     policy = random_policy()
     one, other = random_prompts(2, seed=1)
     assert len(one.pixel_values_videos) != len(other.pixel_values_videos)
-    prompts = [replace(one, key=("a",)), replace(other, key=("b",)), replace(one, key=("a",)), one, other]
+    keyed = replace(one, key=("a",))
+    prompts = [keyed, replace(other, key=("b",)), replace(keyed), one, other]
     grids = []
     policy.qwen.model.visual.register_forward_pre_hook(
         lambda module, args, kwargs: grids.append(len(kwargs["grid_thw"])), with_kwargs=True)
@@ -163,83 +164,97 @@ def test_a_saved_folder_is_its_source_with_new_weights(folder, tmp_path):
 
 SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
     <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>""".split()
-
-
-def write_published(folder, tied):
-    """A folder as Qwen2.5-VL-3B-Instruct (tied) and 7B-Instruct (not tied) were published: the flat config.json, two
-    shards of bf16 weights under their first names, a tokenizer with their ids; two layers, and narrow. Returns the
-    weights by their first names."""
-    folder.mkdir()
-    config = CONFIG | {"tie_word_embeddings": tied, "vocab_size": 151936 if tied else 152064}
-    (folder / "config.json").write_text(json.dumps(config))
-    qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder))
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, weight in qwen.state_dict().items():
-        first_name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        if first_name != "lm_head.weight" or not tied:
-            scale = 0.5 if weight.ndim == 1 else weight[0].numel() ** -0.5
-            weights[first_name] = (torch.randn(weight.shape, generator=generator) * scale).bfloat16()
-    names = sorted(weights)
-    files = {}
-    for number, shard in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-{number:05d}-of-00002.safetensors"
-        save_file({name: weights[name] for name in shard}, folder / file, {"format": "pt"})
-        files |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(2 * weight.numel() for weight in weights.values())},
-             "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name, content in tokenizer_files().items():
-        (folder / name).write_text(json.dumps(content))
-    return weights
-
-
-CONFIG = {
+CONFIG = """{
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
     "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
     "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu",
     "hidden_size": 128, "initializer_range": 0.02, "intermediate_size": 96, "max_position_embeddings": 128000,
     "max_window_layers": 2, "model_type": "qwen2_5_vl", "num_attention_heads": 1, "num_hidden_layers": 2,
     "num_key_value_heads": 1, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
-    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": true, "use_sliding_window": false,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {"depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,
-                      "num_heads": 2, "in_chans": 3, "out_hidden_size": 128, "patch_size": 14,
-                      "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-                      "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2}}
+    "vision_config": {
+        "depth": 2, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_chans": 3,
+        "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2, "temporal_patch_size": 2}
+    }"""
+GENERATION = """{
+    "bos_token_id": 151643, "pad_token_id": 151643, "do_sample": true, "temperature": 1e-06,
+    "eos_token_id": [151645, 151643], "repetition_penalty": 1.05}"""
+TOKENIZER = """{
+    "version": "1.0", "truncation": null, "padding": null, "normalizer": {"type": "NFC"}, "post_processor": null,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+    "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "",
+              "end_of_word_suffix": "", "fuse_unk": false, "merges": []}
+    }"""
+TOKENIZER_CONFIG = """{
+    "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": false, "add_prefix_space": false, "bos_token": null,
+    "eos_token": "<|im_end|>", "clean_up_tokenization_spaces": false, "errors": "replace",
+    "model_max_length": 131072, "unk_token": null, "pad_token": "<|endoftext|>", "split_special_tokens": false
+    }"""
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'video' or 'video' in content %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def tokenizer_files():
-    """Of a tokenizer of single bytes, with the published special tokens under their ids."""
+def write_published(folder, tied):
+    """A folder as Qwen2.5-VL-3B-Instruct (tied) and 7B-Instruct (not tied) were published: the flat config.json, two
+    shards of bf16 weights under their first names, a tokenizer with their ids, but of single bytes; two layers, and
+    narrow. Returns the weights by their first names."""
+    folder.mkdir()
+    config = json.loads(CONFIG)
+    config |= {"tie_word_embeddings": tied, "vocab_size": 151936 if tied else 152064}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(GENERATION)
+    write_tokenizer(folder)
+    qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, weight in qwen.state_dict().items():
+        if name != "lm_head.weight" or not tied:
+            scale = 0.5 if weight.ndim == 1 else weight[0].numel() ** -0.5
+            values = torch.randn(weight.shape, generator=generator) * scale
+            weights[first_name(name)] = values.bfloat16()
+    names = sorted(weights)
+    index = {}
+    for number, shard in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in shard}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    size = sum(2 * weight.numel() for weight in weights.values())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": index}))
+    return weights
+
+
+def first_name(name):
+    """The name under which a weight was published."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def write_tokenizer(folder):
     ids = {token: 151643 + i for i, token in enumerate(SPECIAL)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-           "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocabulary | ids, "merges": []}
-    return {
-        "generation_config.json": {
-            "bos_token_id": 151643, "pad_token_id": 151643, "do_sample": True, "temperature": 1e-06,
-            "eos_token_id": [151645, 151643], "repetition_penalty": 1.05},
-        "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
-            "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": bpe,
-            "added_tokens": [{"id": i, "content": token, **flags} for token, i in ids.items()]},
-        "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False,
-            "bos_token": None, "additional_special_tokens": SPECIAL[1:], "chat_template": TEMPLATE,
-            "eos_token": "<|im_end|>", "clean_up_tokenization_spaces": False, "errors": "replace",
-            "model_max_length": 131072, "unk_token": None, "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "added_tokens_decoder": {str(i): {"content": token, **flags} for token, i in ids.items()}}}
+    tokens = []
+    for token, number in ids.items():
+        tokens.append({"id": number, "content": token, "special": True, "single_word": False,
+                       "lstrip": False, "rstrip": False, "normalized": False})
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = json.loads(TOKENIZER) | {"added_tokens": tokens}
+    tokenizer["model"]["vocab"] = {letter: i for i, letter in enumerate(letters)} | ids
+    config = json.loads(TOKENIZER_CONFIG)
+    config |= {"additional_special_tokens": SPECIAL[1:], "chat_template": TEMPLATE,
+               "added_tokens_decoder": {token.pop("id"): token for token in copy.deepcopy(tokens)}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["3B tied", "7B untied"])
@@ -253,8 +268,8 @@ def published(request, tmp_path_factory):
 def test_a_published_folder_is_loaded(published):
     _, weights, policy, encoder = published
     for name, weight in policy.qwen.state_dict().items():
-        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        expected = weights.get(name, weights["model.embed_tokens.weight"])      # the tied head's
+        embedding = weights["model.embed_tokens.weight"]        # serves as the head of a tied model
+        expected = weights.get(first_name(name), embedding)
         assert torch.equal(weight, expected.float()), name
     head, embedding = policy.qwen.lm_head.weight, policy.qwen.get_input_embeddings().weight
     assert (head is embedding) == ("lm_head.weight" not in weights)
@@ -270,8 +285,9 @@ def test_a_published_template_and_any_query(published):
     clip = random_clip(seeded(1)[0], 6, 3, 28, 56)
     prompt = encoder.encode("When? ä", clip)
     assert encoder.tokenizer.decode(prompt.input_ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhen? ä<|vision_start|>"
-        + "<|video_pad|>" * 6 + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhen? ä<|vision_start|>" + "<|video_pad|>" * 6
+        + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
     special = torch.arange(151643, 151657)
     expected = prompt.input_ids[torch.isin(prompt.input_ids, special)]
     for token in SPECIAL:
@@ -284,28 +300,18 @@ def test_a_published_template_and_any_query(published):
 
 
 def test_a_published_model_computes_as_in_transformers(published, tmp_path):
-    """Also after it was saved; a tied head is stored once. What it samples it scores alike."""
+    """What is sampled has the log-probabilities of transformers' own model, also after the folder was saved; a tied
+    head is stored once."""
     folder, weights, policy, encoder = published
     model.save(policy, encoder, tmp_path / "saved")
     stored = set().union(*(load_file(file) for file in (tmp_path / "saved").glob("*.safetensors")))
     assert ("lm_head.weight" in stored) == ("lm_head.weight" in weights)
     prompt = encoder.encode("When?", random_clip(seeded(1)[0], 6, 3, 28, 56))
-    length, grid = len(prompt.input_ids), prompt.video_grid_thw[None]
-    with torch.no_grad():
-        ours = policy.logits(prompt.input_ids, prompt.position_ids, Packed([length]),
-                             prompt.pixel_values_videos, grid)[-1]                          # (V,)
-    possible = ours.isfinite()
-    assert (~possible).sum() == 5
+    rollouts = grpo.sample(policy, [prompt], 4, 6, encoder.stop_ids, seeded(1))
+    assert rollouts.logprobs.std() > 0.1
     for path in (folder, tmp_path / "saved"):
         qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():
-            theirs = qwen(input_ids=prompt.input_ids[None], position_ids=prompt.position_ids[:, None],
-                          attention_mask=torch.ones(1, length), video_grid_thw=grid,
-                          pixel_values_videos=prompt.pixel_values_videos).logits[0, -1]
-        assert theirs.std() > 0.1
-        torch.testing.assert_close(ours[possible], theirs[possible], rtol=0, atol=1e-4)
-    rollouts = grpo.sample(policy, [prompt], 4, 6, encoder.stop_ids, seeded(1))
-    with torch.no_grad():
-        scored = grpo.logprobs(policy, [prompt], rollouts.completions, rollouts.mask)
-    torch.testing.assert_close(scored, rollouts.logprobs, rtol=0, atol=1e-4)
-    assert len(rollouts.completions.unique()) > 4
+            theirs = repeated_logprobs(policy, [prompt], rollouts.completions, rollouts.mask,
+                                       qwen=qwen)
+        torch.testing.assert_close(rollouts.logprobs, theirs, rtol=0, atol=1e-4)

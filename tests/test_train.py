@@ -1,231 +1,274 @@
-"""Training end to end on real mp4 files and a tiny real model: GRPO and SFT, on one process and on two."""
+"""Training end to end, on real mp4 files and a tiny real model: what a run writes, what changes it and what does not, and
+how it goes on. tests/test_wiring.py computes a run a second time, tests/test_run.py kills some."""
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start
+from conftest import CLOCK, assert_same, finish, full_disk, outcome, read_rows, start, train_config
 from safetensors.torch import load_file
 
 import data
+import evaluate
+import grpo
 import model
 import rewards
-import sft
 import tasks
 import train
+from engine import checkpoint, run
+
+WITHOUT_EVALUATION = {"eval_annotations": "", "eval_every": 0}
 
 
-def rows(path):
-    return [json.loads(line) for line in open(path)]
+def weights(folder):
+    return load_file(Path(folder, "model.safetensors"))
 
 
-def config(folder, output, **flags):
-    common = dict(model=str(folder / "sft" / "model"), annotations=str(folder / "train.txt"), steps=3,
-                  videos=str(folder / "videos"), prompts_per_step=2, group_size=4, max_tokens=64,
-                  learning_rate=1e-4, tvg_prob=0.5, seed=1, cache=str(folder / "cache"))
-    return train.Config(output=str(output), **{**common, **flags})
+def figures(output, steps=None):
+    """The metrics of the first steps, and which completions were sampled, without the clock."""
+    rows = read_rows(Path(output, "metrics.jsonl"))[:steps]
+    metrics = [{key: row[key] for key in row.keys() - CLOCK} for row in rows]
+    samples = read_rows(Path(output, "samples.jsonl"))
+    return metrics, [row for row in samples if row["step"] < len(rows)]
 
 
-def assert_about_same_weights(before, one, other):
-    """Whether two runs changed the weights `before` alike; Adam enlarges tiny differences."""
-    assert one.keys() == other.keys() == before.keys()
-    change = lambda weights: torch.cat([(weights[name] - before[name]).flatten() for name in before])
-    assert change(one).abs().max() > 5e-5                   # else the next line would compare the start
-    assert (change(one) - change(other)).norm() < 0.02 * change(one).norm()
+def assert_close_figures(one, other, steps, rel):
+    """Assert that two runs sampled the same, and have about the same metrics."""
+    (metrics, samples), (others, other_samples) = figures(one, steps), figures(other, steps)
+    assert [row["completion"] for row in samples] == [row["completion"] for row in other_samples]
+    assert sum(row["grad_norm"] > 0 for row in metrics) > 1         # else they compare the start
+    for ours, theirs in zip(metrics, others, strict=True):
+        assert ours.keys() == theirs.keys() and ours["task"] == theirs["task"]
+        for name in ours.keys() - {"task", "part", "mismatch"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), name
 
 
-def test_two_processes_are_one(folder, warm, tmp_path):
-    """Same draws, completions, rewards, losses and weights, with two gloo processes (sharded) as with one."""
-    train.main(config(folder, tmp_path / "one"))
-    assert finish(start("train", config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
-    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 3 and any(row["grad_norm"] > 0 for row in one)
-    for a, b in zip(one, two):
-        for key in a.keys() - {"seconds", "tokens_per_second", "mismatch"}:
-            assert a[key] == (pytest.approx(b[key], rel=1e-3, abs=1e-5) if isinstance(a[key], float) else b[key]), key
-    texts = [[row["completion"] for row in rows(tmp_path / name / "samples.jsonl")] for name in ("one", "two")]
-    assert texts[0] == texts[1] and len(texts[0]) == 3 * 2
-    assert_about_same_weights(*(load_file(path / "model.safetensors") for path in
-                                (warm, tmp_path / "one" / "model", tmp_path / "two" / "model")))
+def test_the_paper_s_values():
+    """Defaults: p and batch and pixels are the paper's, the others those of docs/method.md's table."""
+    config = train.Config(model="", annotations="", videos="", output="")
+    assert (config.tvg_prob, config.tasks, config.prompts_per_step) == (0.8, ["VC", "AR", "VD"], 4)
+    assert (config.group_size, config.beta, config.learning_rate) == (8, 0.04, 1e-6)
+    assert (config.max_tokens, config.temperature, config.total_pixels) == (1024, 1.0, 3584 * 28 * 28)
+    assert (config.loss_type, config.scale_rewards, config.num_iterations) == ("grpo", "std", 1)
+    assert (config.freeze_vision, config.lora_rank, config.micro_batch_size) == (False, 0, 0)
+    assert grpo.MAX_GRAD_NORM == 1.0
 
 
-def test_same_seed_same_run_for_any_number_of_workers(folder, warm, tmp_path):
-    """With broken videos among them, which are replaced alike."""
-    files = tmp_path / "videos"
-    files.mkdir()
-    for number, path in enumerate(sorted((folder / "videos").iterdir())):
-        (files / path.name).symlink_to(path if number % 3 else __file__)
-    for name, seed, workers in (("first", 1, 1), ("again", 1, 3), ("other", 2, 2)):
-        train.main(config(folder, tmp_path / name, videos=str(files), steps=2, prompts_per_step=3, seed=seed,
-                          workers=workers, cache=""))
-    first, again, other = ((tmp_path / name / "samples.jsonl").read_text() for name in ("first", "again", "other"))
-    assert first == again != other
-    one, three = (rows(tmp_path / name / "metrics.jsonl") for name in ("first", "again"))
-    assert [{**row, "seconds": 0, "tokens_per_second": 0} for row in one] == \
-        [{**row, "seconds": 0, "tokens_per_second": 0} for row in three]
-    assert sum(row["bad_videos"] for row in one) > 0 and any(row["grad_norm"] > 0 for row in one)
-    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "again")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+# What a run writes
 
-
-def test_micro_batches_are_one_batch(folder, warm, tmp_path):
-    for name, size in (("whole", 0), ("parts", 1)):
-        train.main(config(folder, tmp_path / name, micro_batch_size=size, steps=2))
-    whole, parts = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    assert any(row["grad_norm"] > 0 for row in whole)
-    for a, b in zip(whole, parts):
-        assert a["reward"] == b["reward"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-
-
-def test_run_says_what_it_did(folder, warm, tmp_path):
-    settings = config(folder, tmp_path / "run")
-    train.main(settings)
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == vars(settings)
-    for step, row in enumerate(rows(tmp_path / "run" / "metrics.jsonl")):
-        task = tasks.draw(step, 1, 0.5, settings.tasks)
-        assert row["part"] == task.part and row["step"] == step and row["task"] == task.name
+def test_a_run_says_what_it_did(unbroken):
+    """Also that no reward has gone to another's completion."""
+    output = Path(unbroken.output)
+    assert json.loads((output / "config.json").read_text()) == vars(unbroken)
+    assert not list(output.rglob("*.tmp")) and not (output / run.LOCK).exists()
+    metrics, rows = figures(output)
+    for step, row in enumerate(metrics):
+        task = tasks.draw(step, unbroken.seed, unbroken.tvg_prob, unbroken.tasks)
+        assert (row["step"], row["task"], row["part"]) == (step, task.name, task.part)
         assert row["reward"] == pytest.approx(row["format"] + row[task.part])
         assert row["tokens"] <= 64 and 0 <= row["flat"] <= 1 and 0 <= row["truncated"] <= 1
-        assert row["mismatch"] is None or row["mismatch"] < 1e-5        # what is scored is what was sampled
-    assert any(row["mismatch"] is not None for row in rows(tmp_path / "run" / "metrics.jsonl"))
-    samples = {sample.id: sample for sample in data.read(settings.annotations, settings.videos)[0]}
-    shown = rows(tmp_path / "run" / "samples.jsonl")
-    assert len(shown) == settings.steps * settings.prompts_per_step
-    for row in shown:                                                   # no reward has gone to another's completion
-        assert row["reward"] == tasks.TASKS[row["task"]].reward([row["completion"]], [samples[row["id"]]])[0].total
-    first = rows(tmp_path / "run" / "metrics.jsonl")[0]
-    assert first["kl"] is None or abs(first["kl"]) < 1e-9               # policy = reference
+        assert row["mismatch"] < 1e-5           # what is scored is what was sampled
+    assert abs(metrics[0]["kl"]) < 1e-9         # the policy is the reference
+    assert metrics[-1]["kl"] > 1e-4
+    samples = {sample.id: sample for sample in data.read(unbroken.annotations, unbroken.videos)[0]}
+    assert [row["step"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for row in rows:
+        reward, = tasks.TASKS[row["task"]].reward([row["completion"]], [samples[row["id"]]])
+        assert row["reward"] == reward.total
 
 
-def test_checkpointed_activations_and_a_frozen_tower(folder, warm, tmp_path, monkeypatch):
-    """The first change no figure. A frozen tower keeps its weights, and sees each video once a step instead of thrice:
-    for sampling, reference and policy."""
-    seen, embed = [], model.embed_patches
-    monkeypatch.setattr(model, "embed_patches", lambda *args: seen.append(len(args[1])) or embed(*args))
-    runs = {"plain": {}, "recomputed": {"gradient_checkpointing": True}, "frozen": {"freeze_vision": True}}
-    calls = {}
-    for name, flags in runs.items():
-        seen.clear()
-        train.main(config(folder, tmp_path / name, steps=2, tvg_prob=1.0, **flags))
-        calls[name] = len(seen)
-    figures = [[{key: row[key] for key in row.keys() - {"seconds", "tokens_per_second"}} for row in
-                rows(tmp_path / name / "metrics.jsonl")] for name in runs]
-    stepped = sum(row["grad_norm"] > 0 for row in figures[0])       # the others are flat
-    assert figures[0] == figures[1] and stepped
-    for key in ("reward", "tokens"):
-        assert figures[2][0][key] == pytest.approx(figures[0][0][key], abs=1e-5)
-    assert calls == {"plain": 2 + 2 * stepped, "recomputed": 2 + 2 * stepped, "frozen": 2}
-    before, plain, recomputed, frozen = (load_file(path / "model.safetensors") for path in (
-        warm, *(tmp_path / name / "model" for name in runs)))
-    same = lambda one, other: {name for name in before if torch.equal(one[name], other[name])}
-    tower = {name for name in before if ".visual." in name or name.startswith("visual.")}
-    assert same(plain, recomputed) == set(before) and same(frozen, before) == tower != set()
-    assert same(plain, before) == set()
+def test_held_out_scores_are_those_of_evaluate(unbroken, tmp_path):
+    """Before the first step of --model, and in best/ of the step with the highest mIoU; of the same queries, whatever the
+    seed."""
+    output, scores = Path(unbroken.output), []
+    chosen = evaluate.read_held_out(unbroken)
+    assert chosen == evaluate.read_held_out(replace(unbroken, seed=9)) and len(chosen) == 3
+    lines = Path(unbroken.eval_annotations).read_text().splitlines()
+    kept = [lines[int(sample.id.split(":")[1]) - 1] for sample in chosen]
+    (tmp_path / "chosen.txt").write_text("\n".join(kept) + "\n")
+    for name, folder in (("start", unbroken.model), ("best", output / "best")):
+        config = evaluate.Config(annotations=str(tmp_path / "chosen.txt"), model=str(folder), max_tokens=64,
+                                 videos=unbroken.videos, output=str(tmp_path / name), cache=unbroken.cache)
+        scores.append(evaluate.main(config))
+    rows = outcome(output)["evaluations.jsonl"]
+    assert [row["step"] for row in rows] == [0, 3, 5]
+    best = max(rows, key=lambda row: row["mIoU"])
+    for row, score in zip((rows[0], best), scores):
+        assert {key: row[key] for key in row if key != "step"} == {
+            key: score[key] for key in score if not key.startswith("rejected")}
+    assert read_rows(output / "best" / "evaluation.jsonl")[0]["step"] == best["step"]
 
 
-def test_flat_groups_change_nothing(folder, warm, tmp_path, monkeypatch):
-    alike = lambda part: lambda texts, samples: [rewards.Reward({"format": 0.6153846, part: 0.0}) for _ in texts]
-    same = lambda task: replace(task, reward=alike(task.part))
-    monkeypatch.setattr(tasks, "TASKS", {name: same(task) for name, task in tasks.TASKS.items()})
-    train.main(config(folder, tmp_path / "flat"))
-    before, after = (load_file(path / "model.safetensors") for path in (warm, tmp_path / "flat" / "model"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(row["flat"] == 1 and row["grad_norm"] == 0 for row in rows(tmp_path / "flat" / "metrics.jsonl"))
+def test_a_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for i, path in enumerate(sorted((folder / "videos").iterdir())):
+        (videos / path.name).symlink_to(path if i % 2 else __file__)
+    train.main(train_config(folder, tmp_path / "run", videos=str(videos), group_size=2, max_tokens=8, steps=4))
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if line.startswith("replaced by another sample: ")]
+    metrics, samples = figures(tmp_path / "run")
+    assert sum(row["bad_videos"] for row in metrics) >= len(named) > 0
+    assert len(named) == len(set(named)) and all(str(videos) in line for line in named)
+    assert len(samples) == 4 * 2
 
 
-def test_vd_verbs_is_the_limit_of_the_reward(folder, warm, tmp_path, monkeypatch):
-    limits = []
+# What changes a run, and what does not
 
-    def reward(texts, samples, limit=0):
-        limits.append(limit)
-        return [rewards.Reward({"format": 0.0, "vd": 0.0}, {"verbs_said": 2}) for _ in texts]
-
-    monkeypatch.setitem(tasks.TASKS, "VD", replace(tasks.TASKS["VD"], reward=reward))
-    for number in (0, 3):
-        train.main(config(folder, tmp_path / f"{number}", tasks=["VD"], tvg_prob=0.0, steps=1, vd_max_verbs=number))
-    assert limits == [0, 3] and rows(tmp_path / "3" / "metrics.jsonl")[0]["verbs_said"] == 2
+def test_evaluation_and_checkpointed_activations_change_no_bit(unbroken, tmp_path):
+    train.main(replace(unbroken, output=str(tmp_path), steps=2, gradient_checkpointing=True, **WITHOUT_EVALUATION))
+    assert figures(tmp_path) == figures(unbroken.output, 2)
+    assert not (tmp_path / "best").exists() and not (tmp_path / "evaluations.jsonl").exists()
 
 
-def test_cosine_is_the_reward_of_table_3(folder, warm, tmp_path):
-    """Inversion steps are paid similarities, TVG as ever."""
-    samples = {sample.id: sample for sample in data.read(str(folder / "train.txt"), str(folder / "videos"))[0]}
-    train.main(config(folder, tmp_path / "run", tasks=["AR"], steps=4, tvg_prob=0.3, cosine=True))
-    paid = {"TVG": [], "AR": []}
-    for step, row in ((step, row) for step in rows(tmp_path / "run" / "metrics.jsonl")
-                      for row in rows(tmp_path / "run" / "samples.jsonl") if row["step"] == step["step"]):
-        reward, = (rewards.ar if step["task"] == "AR" else rewards.tvg)(
-            [row["completion"]], [samples[row["id"]]], **({"by_cosine": True} if step["task"] == "AR" else {}))
-        assert row["reward"] == pytest.approx(reward.total)
-        paid[step["task"]].append(reward.parts.get("ar", 1.0))
-    assert paid["TVG"] and any(0 < value < 1 for value in paid["AR"])
+def test_micro_batches_are_one_batch(unbroken, tmp_path, monkeypatch):
+    sizes, logprobs = [], grpo.logprobs
+
+    def watched(policy, prompts, *args):
+        sizes.append(len(prompts))
+        return logprobs(policy, prompts, *args)
+
+    monkeypatch.setattr(grpo, "logprobs", watched)
+    train.main(replace(unbroken, output=str(tmp_path), steps=2, micro_batch_size=1, **WITHOUT_EVALUATION))
+    assert_close_figures(unbroken.output, tmp_path, 2, rel=1e-3)
+    assert sizes == [1] * 8                     # policy and reference, of two prompts, in two steps
 
 
-def test_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_path, capsys):
-    files = tmp_path / "videos"
-    files.mkdir()
-    for number, path in enumerate(sorted((folder / "videos").iterdir())):
-        if number % 2:
-            (files / path.name).write_bytes(b"not a video")
-        else:
-            (files / path.name).symlink_to(path)
-    train.main(config(folder, tmp_path / "run", videos=str(files), steps=4))
-    assert sum(row["bad_videos"] for row in rows(tmp_path / "run" / "metrics.jsonl")) > 0
-    named = [line for line in capsys.readouterr().out.splitlines() if "replaced by another sample" in line]
-    assert named and len(named) == len(set(named)) and all(str(files) in line for line in named)
+def test_two_processes_are_one(unbroken, tmp_path):
+    """Same draws, completions, rewards, losses and held-out scores, with two gloo processes (sharded) as with one."""
+    config = replace(unbroken, output=str(tmp_path / "run"), steps=3)
+    assert finish(start("train", config, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()
+    assert_close_figures(unbroken.output, tmp_path / "run", 3, rel=1e-3)
+    evaluations = outcome(tmp_path / "run")["evaluations.jsonl"]
+    assert [row["step"] for row in evaluations] == [0, 3]
+    assert evaluations[0] == outcome(unbroken.output)["evaluations.jsonl"][0]
 
 
-@pytest.mark.parametrize("flags, words", [
-    ({"tvg_prob": 1.5}, "--tvg_prob 1.5"), ({"group_size": 1}, "--group_size 1"), ({"tasks": ["XX"]}, "XX.*VC AR VD"),
-    ({"loss": "ppo"}, "--loss_type ppo: .*bnpo"), ({"scale_rewards": "batch"}, "--scale_rewards batch: .*std, none"),
-    ({"prompts_per_step": 0}, "--prompts_per_step 0"), ({"model": "nowhere"}, "nowhere.*--model"),
-    ({"annotations": "nowhere.txt"}, "nowhere.txt.*--annotations"), ({"videos": "nowhere"}, "nowhere.*--videos")])
-def test_wrong_flags_are_named(folder, warm, tmp_path, flags, words):
-    with pytest.raises(ValueError, match=words):
-        train.main(config(folder, tmp_path / "run", **flags))
-    assert not (tmp_path / "run").exists()
+def test_a_frozen_tower_stays_as_it_is_and_sees_a_video_once(unbroken, tmp_path, monkeypatch):
+    """And not thrice, for sampling, the reference and the policy."""
+    calls, embed = [], model.embed_patches
+
+    def watched(embedding, patches):
+        calls.append(len(patches))
+        return embed(embedding, patches)
+
+    monkeypatch.setattr(model, "embed_patches", watched)
+    train.main(replace(unbroken, output=str(tmp_path), steps=2, freeze_vision=True, **WITHOUT_EVALUATION))
+    assert len(calls) == 2
+    before, after = weights(unbroken.model), weights(tmp_path / "model")
+    tower = {name for name in before if "visual." in name}
+    assert tower and {name for name in before if torch.equal(before[name], after[name])} == tower
+    assert figures(tmp_path)[1][:2] == figures(unbroken.output)[1][:2]
 
 
-def test_command_line_ends_with_one_line(folder, tmp_path):
-    settings = replace(config(folder, tmp_path / "run"), model="nowhere")
-    assert finish(start("train", settings, tmp_path / "log")) == [2]
-    text = (tmp_path / "log.0").read_text()
-    assert "Traceback" not in text and text.splitlines()[-1].startswith("train.py: nowhere: not a model folder")
+# How it goes on
+
+def copy_of(unbroken, output, without=()):
+    shutil.copytree(unbroken.output, output)
+    for name in without:
+        shutil.rmtree(output / name)
+    return replace(unbroken, output=str(output), resume=True)
 
 
-def sft_config(folder, output, **flags):
-    common = dict(model=str(folder / "model"), annotations=str(folder / "train.txt"), videos=str(folder / "videos"),
-                  demonstrations=str(folder / "demonstrations.jsonl"), steps=6, batch_size=4,
-                  learning_rate=2e-3, seed=1, cache=str(folder / "cache"))
-    return sft.Config(output=str(output), **{**common, **flags})
+def test_a_resumed_run_is_unbroken(unbroken, tmp_path):
+    """From the checkpoint before the last, as if it was killed after the last evaluation. Its line is written once, and
+    best/ stays."""
+    output = tmp_path / "run"
+    config = copy_of(unbroken, output, without=("checkpoints/step_000005", "model"))
+    train.main(config)
+    assert_same(outcome(output), outcome(unbroken.output))
+    best = read_rows(Path(unbroken.output, "best", "evaluation.jsonl"))
+    assert [row["step"] for row in best] == [row["step"] for row in read_rows(output / "best" / "evaluation.jsonl")]
+
+
+def test_a_finished_run_writes_its_model_again_or_keeps_the_old_one(unbroken, tmp_path):
+    output = tmp_path / "run"
+    config = copy_of(unbroken, output)
+    before = outcome(output)
+    with full_disk(1_000_000), pytest.raises(OSError, match="run/model: could not be written .*File too large"):
+        train.main(config)
+    assert_same(outcome(output), before)
+    shutil.rmtree(output / "model")
+    train.main(config)
+    assert_same(outcome(output), before)
+
+
+# Steps that are not finite
+
+def poison(monkeypatch, faults):
+    """Put a fault into some steps, {step: which}. Returns a list in which each step says whether it changed weights."""
+    update, loss, clip, changed = grpo.update, grpo.loss, torch.nn.utils.clip_grad_norm_, []
+
+    def fault():
+        return faults.get(len(changed))
+
+    def poisoned_reward(completions, samples):
+        values = torch.linspace(0, 1, len(completions)).tolist()
+        if fault() == "reward":
+            values[0] = float("inf")
+        return [rewards.Reward({"format": value, "iou": 0.0}) for value in values]
+
+    def poisoned_loss(*args):
+        value, *others = loss(*args)
+        return value * (float("nan") if fault() == "loss" else 1), *others
+
+    def poisoned_clip(parameters, length):
+        parameters = list(parameters)
+        if fault() == "grad_norm":
+            parameters[0].grad[0] = float("inf")
+        return clip(parameters, length)
+
+    def watched_update(policy, *args, **kwargs):
+        before = [weight.detach().clone() for weight in policy.parameters()]
+        metrics = update(policy, *args, **kwargs)
+        assert all(weight.grad is None for weight in policy.parameters())
+        changed.append(not all(map(torch.equal, before, policy.parameters())))
+        return metrics
+
+    monkeypatch.setitem(tasks.TASKS, "TVG", replace(tasks.TASKS["TVG"], reward=poisoned_reward))
+    monkeypatch.setattr(grpo, "update", watched_update)
+    monkeypatch.setattr(grpo, "loss", poisoned_loss)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned_clip)
+    return changed
+
+
+def test_a_step_that_is_not_finite_changes_nothing(folder, warm, tmp_path, monkeypatch, capsys):
+    faults = {1: "reward", 2: "loss", 4: "grad_norm"}
+    changed = poison(monkeypatch, faults)
+    train.main(train_config(folder, tmp_path, steps=6, tvg_prob=1.0, max_tokens=8))
+    assert changed == [step not in faults for step in range(6)]
+    metrics, _ = figures(tmp_path)
+    assert [row["bad_steps"] for row in metrics] == [0, 1, 2, 2, 3, 3]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "changes nothing" in line]
+    for line, (step, name) in zip(lines, faults.items(), strict=True):
+        assert line.startswith(f"step {step} changes nothing: ") and name in line
+        assert metrics[step][name] is None
+
+
+def poison_rank_1(rank):
+    """From its second step on, rank 1 has a loss that is not a number; two such steps are too many."""
+    loss, calls = grpo.loss, []
+
+    def poisoned(*args):
+        value, *others = loss(*args)
+        calls.append(1)
+        return value * (float("nan") if rank == 1 and len(calls) > 1 else 1), *others
+
+    grpo.loss, run.MAX_BAD_STEPS = poisoned, 2
 
 
 @pytest.mark.processes
-def test_sft_learns_and_two_processes_are_one(folder, tmp_path):
-    sft.main(sft_config(folder, tmp_path / "one", micro_batch_size=2))
-    assert finish(start("sft", sft_config(folder, tmp_path / "two"), tmp_path / "log", 2)) == [0, 0]
-    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    for a, b in zip(one, two):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
-    assert one[-1]["loss"] < one[0]["loss"] - 1 and len(one) == len(two)
-
-
-def test_sft_without_demonstrations_describes_the_segment(folder):
-    samples, _ = data.read(str(folder / "train.txt"), str(folder / "videos"))
-    demonstrations = sft.read_demonstrations("", samples)
-    assert demonstrations
-    for each in demonstrations:
-        reward, = each.task.reward([each.completion], [each.sample])
-        assert each.task.name == "VD" and reward.total == 2.0 and each.sample.query in each.completion
-
-
-def test_queries_without_a_verb_are_no_demonstrations(folder):
-    silent = replace(data.read(str(folder / "train.txt"), str(folder / "videos"))[0][0], query="the table over there")
-    assert sft.read_demonstrations("", [silent]) == []
-
-
-def test_demonstrations_are_checked(folder, tmp_path):
-    samples, _ = data.read(str(folder / "train.txt"), str(folder / "videos"))
-    (tmp_path / "d.jsonl").write_text(json.dumps({"id": samples[0].id, "task": "VD", "completion": "x"}) + "\n{}\n")
-    with pytest.raises(ValueError, match="d.jsonl:2: no demonstration"):
-        sft.read_demonstrations(str(tmp_path / "d.jsonl"), samples)
+def test_two_processes_skip_alike_and_name_the_way_back(unbroken, tmp_path):
+    config = replace(unbroken, output=str(tmp_path / "run"), save_every=1, **WITHOUT_EVALUATION)
+    assert finish(start("train", config, tmp_path / "log", 2, poison_rank_1)) == [2, 2]
+    metrics, _ = figures(tmp_path / "run")
+    assert [row["bad_steps"] for row in metrics] == [0, 1, 2]
+    assert [row["loss"] is None for row in metrics] == [False, True, True]
+    back = checkpoint.newest(tmp_path / "run")
+    assert back.name == "step_000001"                           # none from the bad steps
+    for rank in range(2):
+        line = (tmp_path / f"log.{rank}").read_text().splitlines()[-1]
+        assert "not finite: loss and grad_norm in step 1, loss and grad_norm in step 2" in line
+        assert f"Go back to {back} " in line

@@ -36,6 +36,16 @@ def test_frame_size(height, width, frames, expected):
     assert frame_size(height, width, frames) == expected
 
 
+def test_frame_size_keeps_the_budget_and_never_enlarges():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        height, width = (2 ** rng.uniform(0, 13, 2)).astype(int)        # 1 to 8192, all shapes
+        frames = int(rng.integers(2, 385)) * 2
+        h, w = frame_size(height, width, frames)
+        assert h % 28 == w % 28 == 0 and h * w <= max(3584 * 784 / frames, 16 * 784)
+        assert 28 <= h <= max(height + 14, 28) and 28 <= w <= max(width + 14, 28)
+
+
 @pytest.mark.parametrize("start, end, first, stop", [
     (2.1, 4.2, 4, 8),                       # nearest frames
     (2.0, 4.4, 4, 10),                      # 9 would be odd: one more
@@ -118,8 +128,7 @@ def test_narrow_and_odd_widths(tmp_path, width):
     assert line[..., :quarter].mean() < 20 and line[..., -quarter:].mean() > 180
 
 
-@pytest.mark.parametrize("matrix, corners", [
-    ((0, 1, -1, 0), "CADB"), ((-1, 0, 0, -1), "DCBA"), ((0, -1, 1, 0), "BDAC")])
+@pytest.mark.parametrize("matrix, corners", [((0, 1, -1, 0), "CADB"), ((0, -1, 1, 0), "BDAC")])
 def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
     grey = {"A": 20, "B": 90, "C": 160, "D": 230}           # A B over C D
     image = np.kron([[20, 90], [160, 230]], np.ones((56, 84)))      # (112, 168)
@@ -131,25 +140,18 @@ def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
     content[place:place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
     frame = load(path).frames[0, 0].int()
-    assert frame.shape == ((112, 168) if corners == "DCBA" else (168, 112))
+    assert frame.shape == (168, 112)
     for corner, (y, x) in zip(corners, [(5, 5), (5, -5), (-5, 5), (-5, -5)]):
         assert abs(frame[y, x] - grey[corner]) < 5
 
 
-@pytest.mark.parametrize("name, fps, seconds", [("a.mp4", 9.5329, 7.5), ("a.mkv", 12.5, 5.1)])
-def test_frame_is_the_one_on_display(tmp_path, name, fps, seconds):
-    times = constant(fps, seconds)
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_frame_is_the_one_on_display(tmp_path, name):
+    times = [*np.arange(40) / 9.53, *np.arange(4.5, 13)]    # 9.53 per second, then 1 per second
     clip = load(write(tmp_path / name, times))
-    assert clip.duration == pytest.approx(times[-1], abs=2e-3)
+    assert clip.fps == 1.92 and clip.duration == 12.5
     for i, frame in enumerate(shown(clip)):
         assert times[frame] - 2e-3 <= i / clip.fps < times[frame + 1] + 2e-3
-
-
-def test_variable_rate_follows_the_timestamps(tmp_path):
-    times = [*np.arange(40) / 10, *range(4, 13)]            # 10 per second, then 1 per second
-    clip = load(write(tmp_path / "a.mp4", times))
-    assert clip.fps == 2 and clip.duration == 12
-    assert shown(clip) == [0, 5, 10, 15, 20, 25, 30, 35, *np.repeat(range(40, 48), 2)]
 
 
 def test_from_start_to_end(tmp_path):
@@ -168,21 +170,13 @@ def test_one_frame_is_repeated(tmp_path):
     assert shown(clip) == [0, 0, 0, 0] and clip.duration == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize("size, expected", [((45, 77), (56, 84)), ((360, 640), (280, 504))])
-def test_constant_colour_survives_resizing_to_the_budget(tmp_path, size, expected):
-    path = write(tmp_path / "a.mp4", constant(10, 2), size)
-    clip = load(path, total_pixels=4 * 200 * 784)
-    assert clip.frames.shape == (4, 3, *expected) and shown(clip) == [0, 5, 10, 15]
-    assert (clip.frames.amax((2, 3)) - clip.frames.amin((2, 3))).max() <= 2
-    assert clip.frames.is_contiguous()
-
-
-def test_fine_stripes_become_grey_where_a_frame_is_made_smaller(tmp_path):
-    image = np.zeros((448, 448, 3), np.uint8)
+def test_fine_stripes_become_grey_where_the_budget_makes_a_frame_smaller(tmp_path):
+    image = np.zeros((360, 640, 3), np.uint8)
     image[:, ::2] = 200
-    path = write(tmp_path / "a.mp4", constant(4, 2), (448, 448), image=image, pix_fmt="yuv444p")
-    inside = load(path, total_pixels=1).frames[..., 9:-9, 9:-9]     # 112 x 112
-    assert inside.min() > 70 and inside.max() < 130
+    path = write(tmp_path / "a.mp4", constant(4, 2), (360, 640), image=image, pix_fmt="yuv444p")
+    frames = load(path, total_pixels=4 * 50 * 784).frames
+    assert frames.shape == (4, 3, 140, 252) and frames.is_contiguous()
+    assert frames[..., 9:-9].min() > 70 and frames[..., 9:-9].max() < 130
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "no index", "overwritten"])

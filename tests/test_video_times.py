@@ -1,5 +1,4 @@
 """When frames are shown: files cut short, late tracks, hidden frames, any format, damage."""
-import io
 import itertools
 import math
 import tracemalloc
@@ -121,24 +120,6 @@ def test_every_frame_of_other_formats(tmp_path, monkeypatch, name, codec, encode
     clip = load(path)
     assert clip.duration == pytest.approx(1.2, abs=1e-3) and shown(clip, 7) == list(range(30))
     assert shown(load(path, start=0.4, end=0.8), 7) == list(range(10, 20))
-
-
-@pytest.mark.parametrize("format, codec", [("matroska", "libx264"), ("webm", "libvpx-vp9")])
-def test_files_without_a_duration(tmp_path, ten_fps, format, codec):
-    """As browsers record: the file is written in one go, and nothing is filled in afterwards."""
-    pipe = io.BytesIO()
-    with av.open(SimpleNamespace(write=pipe.write), "w", format=format) as file:
-        track = file.add_stream(codec, rate=10, options={"crf": "1", "cpu-used": "8"})
-        track.width = track.height = 64
-        for i in range(30):
-            file.mux(encode(track, np.full((64, 64, 3), 20 + 6 * i, np.uint8), i, 10))
-        file.mux(track.encode(None))
-    path = tmp_path / "a.webm"
-    path.write_bytes(pipe.getvalue())
-    with av.open(str(path)) as file:
-        assert file.duration is None
-    clip = load(path)
-    assert clip.duration == pytest.approx(3.0, abs=0.01) and shown(clip, 6) == list(range(30))
 
 
 def test_negative_times_in_matroska(tmp_path, ten_fps):
