@@ -20,7 +20,6 @@ from data import Sample
 from engine import flags
 from engine.loader import Loader
 
-
 # Scores by hand
 
 def answered(number, start, end, truth, video="a", **more):
