@@ -1,5 +1,5 @@
-"""Answers of other models: how they are scored, to which queries they belong, what the lenient reader reads as what, and
-text files that are not quite text."""
+"""Answers of other models: how they are scored, to which queries they belong, what the lenient reader reads as what,
+and text files that are not quite text."""
 import bz2
 import gzip
 import json

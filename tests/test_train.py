@@ -1,5 +1,5 @@
-"""Training end to end, on real mp4 files and a tiny real model: what a run writes, what changes it and what does not, and
-how it goes on. tests/test_wiring.py computes a run a second time, tests/test_run.py kills some."""
+"""Training end to end, on real mp4 files and a tiny real model: what a run writes, what changes it and what does not,
+and how it goes on. tests/test_wiring.py computes a run a second time, tests/test_run.py kills some."""
 import json
 import shutil
 from dataclasses import replace
@@ -80,8 +80,8 @@ def test_a_run_says_what_it_did(unbroken):
 
 
 def test_held_out_scores_are_those_of_evaluate(unbroken, tmp_path):
-    """Before the first step of --model, and in best/ of the step with the highest mIoU; of the same queries, whatever the
-    seed."""
+    """Before the first step of --model, and in best/ of the step with the highest mIoU; of the same queries, whatever
+    the seed."""
     output, scores = Path(unbroken.output), []
     chosen = evaluate.read_held_out(unbroken)
     assert chosen == evaluate.read_held_out(replace(unbroken, seed=9)) and len(chosen) == 3
