@@ -1,4 +1,4 @@
-"""Scores by hand, a tiny model evaluated on real files, broken ones among them, and evaluation during training."""
+"""Scores by hand, and a tiny model evaluated on real files, broken ones among them."""
 import json
 import shutil
 import sys
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import finish, read_rows, start, train_config
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +14,6 @@ import evaluate
 import grpo
 import model
 import tasks
-import train
 from data import Sample
 from engine import flags
 from engine.loader import Loader
@@ -304,81 +302,14 @@ def test_another_config_is_refused_and_another_model_starts_anew(config, warm, t
     assert completions(settings) != before and sum(sizes) == len(before)
 
 
-# While a model is trained
+# While a model is trained; tests/test_train.py has the scores
 
-CLOCK = {"seconds", "tokens_per_second"}
-
-
-def without_clock(path):
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in read_rows(path)]
-
-
-@pytest.fixture(scope="module")
-def scored(folder, warm, tmp_path_factory):
-    """The config of a run of 3 steps that was scored on 7 queries after 0, 2 and 3."""
-    settings = train_config(folder, tmp_path_factory.mktemp("scored") / "run", seed=2, save_every=1, eval_every=2,
-                            eval_annotations=str(folder / "test.txt"), eval_samples=7)
-    train.main(settings)
-    return settings
-
-
-def test_training_is_the_same_to_the_bit(scored, tmp_path):
-    plain = replace(scored, output=str(tmp_path / "run"), eval_annotations="", eval_every=0)
-    train.main(plain)
-    one, other = Path(scored.output), Path(plain.output)
-    weights = [load_file(output / "model" / "model.safetensors") for output in (one, other)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    metrics = without_clock(one / "metrics.jsonl")
-    assert metrics == without_clock(other / "metrics.jsonl") and any(row["grad_norm"] > 0 for row in metrics)
-    assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
-    assert not (other / "best").exists() and not (other / "evaluations.jsonl").exists()
-
-
-def test_scores_are_those_of_evaluate(scored, tmp_path):
-    """Before the first step those of --model, after the last those of model/, and of best/ the highest; always of the
-    same queries, whatever the seed."""
-    output = Path(scored.output)
-    evaluations = without_clock(output / "evaluations.jsonl")
-    chosen = evaluate.read_held_out(scored)
-    assert chosen == evaluate.read_held_out(replace(scored, seed=9)) and len(chosen) == 7
-    assert [row["step"] for row in evaluations] == [0, 2, 3] and all(row["queries"] == 7 for row in evaluations)
-    lines = Path(scored.eval_annotations).read_text().splitlines()
-    numbers = [int(sample.id.rpartition(":")[2]) for sample in chosen]
-    (tmp_path / "chosen.txt").write_text("\n".join(lines[number - 1] for number in numbers))
-    best = max(evaluations, key=lambda row: row["mIoU"])
-    assert without_clock(output / "best" / "evaluation.jsonl") == [best]
-    for i, (expected, folder) in enumerate([(evaluations[0], scored.model), (evaluations[-1], output / "model"),
-                                            (best, output / "best")]):
-        scores = evaluate.main(evaluate.Config(
-            model=str(folder), annotations=str(tmp_path / "chosen.txt"), videos=scored.videos,
-            output=str(tmp_path / f"{i}"), max_tokens=scored.max_tokens, cache=scored.cache))
-        assert {"step": expected["step"]} | scores == expected | {"rejected": 0, "rejected_as_0": 0}
-
-
-@pytest.mark.processes
-def test_two_processes_score_alike(scored, tmp_path):
-    settings = replace(scored, output=str(tmp_path / "two"), steps=1, prompts_per_step=2)
-    assert finish(start("train", settings, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
-    first, last = without_clock(tmp_path / "two" / "evaluations.jsonl")
-    assert first == without_clock(Path(scored.output) / "evaluations.jsonl")[0] and last["step"] == 1
-
-
-def test_a_process_without_batches_takes_part(scored, tiny, monkeypatch, tmp_path):
+def test_a_process_without_batches_takes_part(folder, tiny, tmp_path, monkeypatch):
     """Gathering the weights needs every process, so each samples once, before its batches."""
     sampled = []
     monkeypatch.setattr(evaluate, "make_batches", lambda *_: ([], []))
     monkeypatch.setattr(grpo, "sample", lambda policy, prompts, **_: sampled.append(len(prompts)))
-    held_out = evaluate.HeldOut(replace(scored, think=False), tmp_path, 0)
-    assert held_out.config.think is False
+    settings = train_config(folder, tmp_path, eval_annotations=str(folder / "test.txt"), eval_samples=7, think=False)
+    held_out = evaluate.HeldOut(settings, tmp_path, 0)
+    assert len(held_out.samples) == 7 and held_out.config.think is False
     assert held_out.predict(*tiny, loader=None) == [] and sampled == [1]
-
-
-def test_resume_neither_loses_nor_repeats_an_evaluation(scored, tmp_path):
-    """Killed after the evaluation of step 3, with a checkpoint of step 2."""
-    settings = replace(scored, output=str(tmp_path / "run"), resume=True)
-    shutil.copytree(scored.output, settings.output)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
-    for _ in ("resumed", "finished"):
-        train.main(settings)
-        for name in ("evaluations.jsonl", "best/evaluation.jsonl"):
-            assert without_clock(tmp_path / "run" / name) == without_clock(Path(scored.output) / name)
