@@ -1,9 +1,9 @@
 """The wiring of training: what train.main and sft.main do with their flags and files, computed a second time.
 
 A run is watched from outside: what `grpo.rollout` got and gave, weights and gradients at each step of the optimizer,
-the files. Each of its steps is then computed in another way: prompts from the paper's sentences and from videos whose grey
-tells the time; log-probabilities by transformers' own forward pass, with prompt and video repeated for each completion;
-advantages and losses by hand.
+the files. Each of its steps is then computed in another way: prompts from the paper's sentences and from videos whose
+grey tells the time; log-probabilities by transformers' own forward pass, with prompt and video repeated for each
+completion; advantages and losses by hand.
 """
 import json
 from dataclasses import MISSING, fields, replace
