@@ -23,18 +23,20 @@ Seven formats are read, told apart by what is in the file, never by its name:
 The list that the paper's authors trained on is of ActivityNet's form, with `verb` and `action` beside, which are not
 used: rewards.py finds the verbs.
 
-TimeRFT and TVGBench may use a part of the file only, from video_start to video_end (TVGBench: start, end), and the
-segment then counts from the beginning of that part, not of the file: in all 665 such records of the published TimeRFT
-`duration` is video_end - video_start and no segment ends later, while 319 do not fit as times of the file. 509 of them
-have the part in the file's name, too (4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under
-that name; the linter calls a file that is too short for its part undecodable.
+TimeRFT and TVGBench may use a part of the file only, from video_start to video_end (TVGBench: start, end). The segment
+then counts from the beginning of that part, not from the beginning of the file. The published TimeRFT shows this: in
+all 665 such records `duration` is video_end - video_start and no segment ends later, while the segments of 319 would
+not fit as times of the file. 509 records have the part in the file's name, too
+(4jujhM5qhEc_00:00:39:000_00:01:24:700.mp4). The whole video is expected under that name; the linter calls a file that
+is too short for its part undecodable.
 
-A segment that overshoots a known end of the video by at most 5 s is clipped to it. What cannot be used is rejected with
-its reason, never silently dropped; of what stands twice, the second. Evaluation still counts the queries among these,
-with IoU 0, since published scores do: TVGBench has 800, of which 11 have no length.
+A segment that overshoots a known end of the video by at most 5 s is clipped to it. An entry that cannot be used is
+rejected with its reason, never silently dropped; of two equal entries the second is rejected. Evaluation still counts a
+rejected query, with IoU 0, since published scores do: TVGBench has 800 queries, of which 11 have a segment without
+length.
 
-A video is the file of its annotated path, from the folder of the videos on, if there is one; else it is looked for in
-that folder and its subfolders (engine/video_folder.py).
+If the annotated path of a video, taken relative to --videos, is a file, that file is the video. Otherwise the video is
+looked for in --videos and its subfolders (engine/video_folder.py).
 
     python data.py train.txt                     the linter: one json object of counts; a summary on standard error
     python data.py train.txt --videos videos/    also looks up and decodes every video
@@ -171,7 +173,8 @@ class Entry(NamedTuple):
 
 
 class Object(dict):
-    """A json object with its pairs as written: json itself keeps the last of those with the same key, and no word."""
+    """A JSON object with all its pairs. Python's json would silently keep only the last of several pairs with the same
+    key."""
 
     def __init__(self, pairs: list[tuple]):
         super().__init__(pairs)
@@ -234,7 +237,7 @@ def name_by_key(entries: list[Entry], **names: str) -> str | None:
 
 
 def read_entry(name: str, entry: Entry) -> list[Sample | Rejected]:
-    """What becomes of an entry of the format of that name, at least one thing."""
+    """Yields what an entry of the named format becomes: Samples and Rejected ones, at least one."""
     reader, form = FORMATS[name]
     try:
         if isinstance(entry.content, Object) and len(entry.content.pairs) > len(entry.content):
@@ -385,7 +388,7 @@ def seconds(value: Any) -> float:
 
 
 def text(value: Any) -> str:
-    value.encode()      # a ValueError for lone surrogates, which json can hold and no file name
+    value.encode()      # ValueError for lone surrogates: JSON can hold them, a file name cannot
     return value
 
 
@@ -409,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def lint(path: str, videos: str | None, workers: int) -> tuple[dict, list[str]]:
     """(counts, lines that tell what they are of) of an annotation file and, if `videos` is given, of its videos."""
-    import rewards  # here only: whoever reads samples needs no tagger
+    import rewards  # only here, since reading samples needs no tagger
     if workers < 1:
         raise ValueError(f"--workers {workers}: give at least 1")
     samples, rejected = read(path, videos)
@@ -437,7 +440,7 @@ def lint(path: str, videos: str | None, workers: int) -> tuple[dict, list[str]]:
 def check_videos(samples: list[Sample], workers: int) -> dict[str, dict[str, str]]:
     """{"missing": {path: what is wrong}, "undecodable": {path: what is wrong}} of the samples' videos; a video that
     ends before what is annotated in it counts as undecodable."""
-    from engine.loader import Loader  # here only: whoever reads samples needs no decord, no torch
+    from engine.loader import Loader  # only here, since reading samples needs no decord
     clips = {}
     for sample in samples:
         clips.setdefault((sample.video, sample.video_start, sample.video_end), []).append(sample)

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"       # before huggingface_hub is imported: no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
 
 import pytest
 import torch
@@ -38,9 +38,11 @@ from engine.flags import command_line
 from engine.loader import Loader
 from engine.video import Clip
 
-torch.set_num_threads(1)        # pytest -n 2 has a process on each core; more threads than cores are very slow
+# pytest -n 2 has a process on each core; more threads than cores are very slow
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
-FORKS = multiprocessing.get_context("forkserver")       # a new process in milliseconds: the server has imported it all
+# a new process in milliseconds: the server has imported it all
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["preload"])
 CLOCK = {"seconds", "tokens_per_second"}                # of logs, never the same twice
 LIMIT = 120     # seconds, twenty times what a job of several processes takes; what hangs fails then
@@ -143,8 +145,9 @@ def random_completions(policy, lengths, seed=1):
 def train_config(folder, output, **flags) -> train.Config:
     """Three steps of GRPO on the world in `folder`, from the warm model."""
     common = dict(model=str(folder / "sft" / "model"), annotations=str(folder / "train.txt"),
-                  videos=str(folder / "videos"), cache=str(folder / "cache"), steps=3, prompts_per_step=2,
-                  group_size=4, max_tokens=64, learning_rate=1e-4, tvg_prob=0.5, seed=1)
+                  videos=str(folder / "videos"), cache=str(folder / "cache"), steps=3,
+                  prompts_per_step=2, group_size=4, max_tokens=64, learning_rate=1e-4,
+                  tvg_prob=0.5, seed=1)
     return train.Config(output=str(output), **(common | flags))
 
 
@@ -190,13 +193,33 @@ def assert_same(one: dict, other: dict) -> None:
         assert torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name], name
 
 
+def figures(output, steps=None) -> tuple[list[dict], list[dict]]:
+    """The metrics of a run's first steps, without the clock, and the rows of their samples."""
+    metrics = []
+    for row in read_rows(Path(output, "metrics.jsonl"))[:steps]:
+        metrics.append({name: row[name] for name in row if name not in CLOCK})
+    rows = read_rows(Path(output, "samples.jsonl"))
+    return metrics, [row for row in rows if row["step"] < len(metrics)]
+
+
+def assert_close_figures(one, other, rel, steps=None) -> None:
+    """Assert that two runs have sampled the same, and have about the same metrics."""
+    (metrics, samples), (others, other_samples) = figures(one, steps), figures(other, steps)
+    assert [row["completion"] for row in samples] == [row["completion"] for row in other_samples]
+    assert sum(row["grad_norm"] > 0 for row in metrics) > 1         # else they compare the start
+    for ours, theirs in zip(metrics, others, strict=True):
+        assert ours.keys() == theirs.keys() and ours["task"] == theirs["task"]
+        for name in ours.keys() - {"task", "part", "mismatch"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), name
+
+
 def assert_same_change(before, one, other):
     """Assert that two runs changed the weights `before` alike; Adam enlarges tiny differences."""
     assert one.keys() == other.keys() == before.keys()
     changes = []
     for weights in (one, other):
         changes.append(torch.cat([(weights[name] - before[name]).flatten() for name in before]))
-    assert changes[0].abs().max() > 5e-5                    # else the next line would compare the start
+    assert changes[0].abs().max() > 5e-5                # else the next line would compare the start
     assert (changes[0] - changes[1]).norm() < 0.02 * changes[0].norm()
 
 
@@ -262,8 +285,8 @@ def command(script: str, config, log, processes: int = 0) -> subprocess.Popen:
     """The real thing, `python train.py ...` or `torchrun train.py ...`: each of its processes imports all anew."""
     torchrun = []
     if processes:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-                    "--rdzv_endpoint=localhost:0"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
     return subprocess.Popen([sys.executable, *torchrun, str(ROOT / script), *flags(config)],
                             stdout=open(log, "a"), stderr=subprocess.STDOUT,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -295,8 +318,8 @@ def run_job(folder, rank, processes, per_node, job, args) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank % per_node),
                       LOCAL_WORLD_SIZE=str(per_node))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes,
-                            timeout=timedelta(seconds=LIMIT))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
+                            world_size=processes, timeout=timedelta(seconds=LIMIT))
     torch.save(job(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -19,12 +19,12 @@ def distributions(qwen, prompt, completions, forbidden, temperature=1.0):
     rows, longest = completions.shape
     start = prompt.position_ids.max() + 1
     positions = torch.cat([prompt.position_ids, (start + torch.arange(longest)).expand(3, -1)], 1)
-    ids = torch.cat([prompt.input_ids.expand(rows, -1), completions], 1)                    # (G, P + C)
+    ids = torch.cat([prompt.input_ids.expand(rows, -1), completions], 1)                # (G, P + C)
     logits = qwen(input_ids=ids, attention_mask=torch.ones_like(ids),
                   position_ids=positions[:, None].expand(-1, rows, -1),
                   pixel_values_videos=prompt.pixel_values_videos.repeat(rows, 1).to(qwen.dtype),
                   video_grid_thw=prompt.video_grid_thw.expand(rows, -1)).logits
-    logits = logits[:, len(prompt.input_ids) - 1:-1] / temperature                          # (G, C, V)
+    logits = logits[:, len(prompt.input_ids) - 1:-1] / temperature                      # (G, C, V)
     return logits.index_fill(-1, torch.tensor(forbidden), -torch.inf).log_softmax(-1)
 
 
@@ -43,7 +43,7 @@ def published_loss(loss_type, logprobs, old, ref, advantages, lengths, beta, eps
     GRPO: the mean over i of 1/|o_i| sum_t; token-level: 1/sum |o_i| sum_it; Dr. GRPO: the mean over i of
     1/max_tokens sum_t. The gain is PPO's: beyond 1 + epsilon a ratio earns a positive advantage no more, below
     1 - epsilon it costs a negative one no more."""
-    mask = torch.arange(logprobs.shape[-1]) < lengths[..., None]                            # (B, G, C)
+    mask = torch.arange(logprobs.shape[-1]) < lengths[..., None]                        # (B, G, C)
     ratio = (logprobs - old).exp()
     k3 = (ref - logprobs).exp() - (ref - logprobs) - 1
     is_good = advantages[..., None] > 0
@@ -60,9 +60,11 @@ def random_policy(seed=0, heads=(4, 2), layers=2, vocabulary=90, tied=True, dtyp
     what the decoder reads to matter."""
     query_heads, key_heads = heads
     width = 16 * query_heads
-    ids = {"vision_start_token_id": 86, "vision_end_token_id": 87, "image_token_id": 88, "video_token_id": 89}
-    text = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                num_attention_heads=query_heads, num_key_value_heads=key_heads, max_position_embeddings=512,
+    ids = {"vision_start_token_id": 86, "vision_end_token_id": 87,
+           "image_token_id": 88, "video_token_id": 89}
+    text = dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width,
+                num_hidden_layers=layers, num_attention_heads=query_heads,
+                num_key_value_heads=key_heads, max_position_embeddings=512,
                 bos_token_id=None, eos_token_id=None, tie_word_embeddings=tied,
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
     vision = dict(depth=1, hidden_size=32, num_heads=4, intermediate_size=64, out_hidden_size=width,
@@ -90,7 +92,8 @@ def random_prompts(count, seed=0):
     prompts = []
     for _ in range(count):
         grid = torch.tensor([rng.randint(1, 3), 2 * rng.randint(1, 2), 2])
-        before, after = (torch.randint(86, (rng.randint(3, 9),), generator=generator) for _ in range(2))
+        before = torch.randint(86, (rng.randint(3, 9),), generator=generator)
+        after = torch.randint(86, (rng.randint(3, 9),), generator=generator)
         pads = torch.full((int(grid.prod()) // 4,), 89)
         ids = torch.cat([before, pads, after])
         patches = torch.randn(4 * len(pads), 1176, generator=generator)

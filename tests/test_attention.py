@@ -36,7 +36,8 @@ def who_sees_whom(prompts, completions):
 
 
 @pytest.mark.parametrize("prompts, completions", [
-    ([5], [[3, 3]]), ([7, 4], [[2, 5, 1], [3, 3, 3]]), ([1, 9, 2], [[1, 1], [4, 2], [2, 6]]), ([6, 3], [])])
+    ([5], [[3, 3]]), ([7, 4], [[2, 5, 1], [3, 3, 3]]), ([1, 9, 2], [[1, 1], [4, 2], [2, 6]]),
+    ([6, 3], [])])
 def test_packed_equals_one_mask_for_all(prompts, completions):
     """Values and gradients."""
     sees = who_sees_whom(prompts, completions)
@@ -54,7 +55,8 @@ def test_windows_see_themselves(lengths):
     ends = torch.tensor([0, *lengths]).cumsum(0)
     sees = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     inputs = [random(1, 2, sum(lengths), 8, seed=i) for i in range(3)]
-    output, _ = attention.windows(torch.nn.Identity(), *inputs, None, scaling=0.3, cu_seq_lens_q=ends)
+    output, _ = attention.windows(torch.nn.Identity(), *inputs, None, scaling=0.3,
+                                  cu_seq_lens_q=ends)
     torch.testing.assert_close(output, plain(*inputs, sees, 0.3))
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 from made_videos import constant, write
 
@@ -153,11 +155,13 @@ def test_segments_before_the_beginning_and_other_numbers(tmp_path):
 @pytest.mark.parametrize("form", GOOD)
 @pytest.mark.parametrize("name, value", [
     ("duration", GONE), ("duration", None), ("duration", True), ("duration", 0), ("duration", -1),
-    ("duration", float("nan")), ("query", 5), ("query", "\ud800"), ("query", None)])
+    ("duration", float("nan")), ("duration", "10"), ("query", 5), ("query", "\ud800"),
+    ("query", None)])
 def test_malformed_entries(tmp_path, form, name, value):
     samples, rejected = read_changed(tmp_path, form, **{name: value})
     assert len(samples) == 1 and reasons(rejected) == ["malformed"]
     assert "expected" in rejected[0].detail
+    assert ("'10' is text, where a number is needed" in rejected[0].detail) == (value == "10")
 
 
 @pytest.mark.parametrize("form", ["QVHighlights", "TimeRFT", "TVGBench", "TimeLens-100K"])
@@ -173,16 +177,6 @@ def test_no_object_and_no_sentence(tmp_path, form):
     entries = [entry(form), entry(form, query=" \n", qid=8), [], None, 3, "x", {}]
     samples, rejected = read(tmp_path, file_of(form, entries))
     assert len(samples) == 1 and reasons(rejected) == ["no sentence"] + ["malformed"] * 5
-
-
-@pytest.mark.parametrize("form", GOOD)
-@pytest.mark.parametrize("name, value", [("duration", "10"), ("segment", [1, "10"])])
-def test_numbers_as_text_are_called_so(tmp_path, form, name, value):
-    if form == "TVGBench" and name == "segment":        # which is text there
-        _, rejected = read_changed(tmp_path, form, **{"from": 1, "to": "10"})
-    else:
-        _, rejected = read_changed(tmp_path, form, **{name: value})
-    assert reasons(rejected) == ["malformed"] and "'10' is text" in rejected[0].detail
 
 
 EVENTS = [{"query": "he sits.", "span": [[1, 4], [6, 9]]}, {"query": "he eats.", "span": [5, 7]},
@@ -240,9 +234,6 @@ def test_every_line_end(tmp_path, end):
     samples, rejected = read(tmp_path, end.join(["A 0 1##one", "A 1 2##two", "A 2 1##three", ""]))
     assert [(s.id, s.query) for s in samples] == [("A:1", "one"), ("A:2", "two")]
     assert places(rejected) == ["3"]
-    rows = [json.dumps(entry("QVHighlights", qid=qid)) for qid in range(3)]
-    samples, _ = read(tmp_path, end.join(rows))
-    assert [s.qid for s in samples] == ["0", "1", "2"]
 
 
 def test_the_query_of_an_unusable_segment_is_kept_for_evaluation(tmp_path, videos):
@@ -285,13 +276,13 @@ def test_qvhighlights_windows_and_test_rows(tmp_path):
 def test_parts_of_a_video(tmp_path, form):
     """The segment counts from the beginning of the part, and the part's length is what it must fit into."""
     parts = [(120.5, 128, [1, 4.0]), (0, 8.0, [6, 9]), (5, 8.0, [2, 9]),
-             (5, 5, [1, 4]), (-1, 5, [1, 4]), (5, None, [1, 4])]
+             (5, 5, [1, 4]), (-1, 5, [1, 4]), (5, None, [1, 4]), ("1", 5, [1, 4])]
     samples, rejected = read(tmp_path, [
         entry(form, **{"from": start, "to": end, "segment": segment}) for start, end, segment in parts])
     assert [(s.start, s.end, s.duration, s.video_start, s.video_end, s.clipped) for s in samples] == [
         (1, 4, 7.5, 120.5, 128, False), (6, 8, 8, 0, 8, True)]
-    assert reasons(rejected) == ["ends more than 5 s after the video"] + ["malformed"] * 3
-    assert places(rejected) == ["[2]", "[3]", "[4]", "[5]"]
+    assert reasons(rejected) == ["ends more than 5 s after the video"] + ["malformed"] * 4
+    assert places(rejected) == ["[2]", "[3]", "[4]", "[5]", "[6]"]
 
 
 @pytest.mark.parametrize("content", [
@@ -305,6 +296,39 @@ def test_unusable_file_is_one_clear_error(tmp_path, videos, content):
     with pytest.raises(data.AnnotationError, match=words) as caught:
         data.read(str(tmp_path / "bad.txt"), str(videos))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+def harmed(content, rng):
+    """Bytes with pieces put in, cut out, repeated."""
+    pieces = [b"null", b"NaN", b"1e999", b"-1", b"[", b"]", b"{", b"}", b'"', b",", b"\n", b"\\ud800"]
+    for _ in range(rng.integers(1, 4)):
+        place = rng.integers(len(content) + 1)
+        piece = pieces[rng.integers(len(pieces))] * rng.integers(0, 3)
+        content = content[:place] + piece + content[place + rng.integers(0, 12):]
+    return content
+
+
+@pytest.mark.parametrize("form", GOOD)
+def test_any_bytes_give_samples_or_one_error(tmp_path, form):
+    rng = np.random.default_rng(0)
+    content = file_of(form, [entry(form), entry(form, qid=8, query="x")])
+    text = content if isinstance(content, str) else json.dumps(content)
+    path = tmp_path / "x"
+    counts = Counter()
+    for _ in range(200):
+        path.write_bytes(harmed(text.encode(), rng))
+        try:
+            samples, rejected = data.read(str(path), None)
+        except data.AnnotationError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            counts["error"] += 1
+            continue
+        assert len({s.id for s in samples}) == len(samples)
+        for s in samples:
+            assert 0 <= s.start < s.end <= s.duration and s.query == " ".join(s.query.split()) != ""
+            json.dumps([s.id, s.video, s.query], ensure_ascii=False).encode()
+        counts["rejected" if rejected else "read"] += 1
+    assert len(counts) == 3
 
 
 def row(video, sentence, segment, start=None, end=None):

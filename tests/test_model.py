@@ -115,7 +115,8 @@ def test_a_video_is_seen_once(monkeypatch):
     policy = random_policy()
     one, other = random_prompts(2, seed=1)
     assert len(one.pixel_values_videos) != len(other.pixel_values_videos)
-    prompts = [replace(one, key=("a",)), replace(other, key=("b",)), replace(one, key=("a",)), one, other]
+    keyed = replace(one, key=("a",))
+    prompts = [keyed, replace(other, key=("b",)), replace(keyed), one, other]
     grids = []
     policy.qwen.model.visual.register_forward_pre_hook(
         lambda module, args, kwargs: grids.append(len(kwargs["grid_thw"])), with_kwargs=True)
@@ -193,13 +194,16 @@ TOKENIZER_CONFIG = """{
     "model_max_length": 131072, "unk_token": null, "pad_token": "<|endoftext|>", "split_special_tokens": false
     }"""
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'video' or 'video' in content %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def write_published(folder, tied):
@@ -264,7 +268,8 @@ def published(request, tmp_path_factory):
 def test_a_published_folder_is_loaded(published):
     _, weights, policy, encoder = published
     for name, weight in policy.qwen.state_dict().items():
-        expected = weights.get(first_name(name), weights["model.embed_tokens.weight"])      # a tied head's
+        embedding = weights["model.embed_tokens.weight"]        # serves as the head of a tied model
+        expected = weights.get(first_name(name), embedding)
         assert torch.equal(weight, expected.float()), name
     head, embedding = policy.qwen.lm_head.weight, policy.qwen.get_input_embeddings().weight
     assert (head is embedding) == ("lm_head.weight" not in weights)
@@ -280,8 +285,9 @@ def test_a_published_template_and_any_query(published):
     clip = random_clip(seeded(1)[0], 6, 3, 28, 56)
     prompt = encoder.encode("When? ä", clip)
     assert encoder.tokenizer.decode(prompt.input_ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhen? ä<|vision_start|>"
-        + "<|video_pad|>" * 6 + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhen? ä<|vision_start|>" + "<|video_pad|>" * 6
+        + "<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
     special = torch.arange(151643, 151657)
     expected = prompt.input_ids[torch.isin(prompt.input_ids, special)]
     for token in SPECIAL:
@@ -306,5 +312,6 @@ def test_a_published_model_computes_as_in_transformers(published, tmp_path):
     for path in (folder, tmp_path / "saved"):
         qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():
-            theirs = repeated_logprobs(policy, [prompt], rollouts.completions, rollouts.mask, qwen=qwen)
+            theirs = repeated_logprobs(policy, [prompt], rollouts.completions, rollouts.mask,
+                                       qwen=qwen)
         torch.testing.assert_close(rollouts.logprobs, theirs, rtol=0, atol=1e-4)

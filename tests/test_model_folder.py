@@ -19,7 +19,6 @@ import rewards
 from engine import lora, model_folder
 from engine.model_folder import ModelError
 from engine.video import Clip
-from lab import plan
 
 CLIP = Clip(torch.zeros(4, 3, 28, 28, dtype=torch.uint8), 2.0)
 REVISION = "66285546d2b821cf421d4f5eb2576359d3770cd3"
@@ -268,11 +267,12 @@ def test_a_name_is_its_folder_in_the_cache(hub, folder, tmp_path, downloads):
     assert f"{REVISION}/config.json" in (tmp_path / "out" / "inputs.json").read_text()
 
 
-def test_planning_downloads_the_config_alone(hub, downloads):
+def test_the_config_can_be_downloaded_alone(hub, downloads):
     for path in hub.iterdir():
         if path.name != "config.json":
             path.unlink()
-    assert plan.config_of("org/tiny").text_config.num_hidden_layers == 4
+    name = model_folder.local_folder("org/tiny", config_only=True)
+    assert model_folder.read_config(name).text_config.num_hidden_layers == 4
     assert [options["allow_patterns"] for options in downloads] == [["config.json", "adapter_config.json"]]
 
 

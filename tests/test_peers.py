@@ -40,7 +40,8 @@ def peer(folder, tmp_path, loaded, prompts, ours, monkeypatch):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")     # rollout_func is experimental
-    monkeypatch.setattr(GRPOTrainer, "_send_telemetry", lambda trainer: None)       # else each one tells the Hub
+    # else each one tells the Hub
+    monkeypatch.setattr(GRPOTrainer, "_send_telemetry", lambda trainer: None)
     policy, _, completions, mask = ours
 
     def rollout(texts, trainer):
@@ -54,13 +55,15 @@ def peer(folder, tmp_path, loaded, prompts, ours, monkeypatch):
         return args, kwargs | videos(prompts, kwargs["input_ids"], kwargs["attention_mask"].bool())
 
     def make(**settings):
-        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+        qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "model", dtype=torch.float32)
         qwen.load_state_dict(policy.qwen.state_dict())
         common = dict(loss_type="grpo", beta=BETA, use_bias_correction_kl=False, num_generations=4,
                       max_completion_length=12,
-                      per_device_train_batch_size=8, learning_rate=RATE, lr_scheduler_type="constant",
-                      max_grad_norm=grpo.MAX_GRAD_NORM, optim="adamw_torch", bf16=False, use_cpu=True,
-                      gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True)
+                      per_device_train_batch_size=8, learning_rate=RATE,
+                      lr_scheduler_type="constant", max_grad_norm=grpo.MAX_GRAD_NORM,
+                      optim="adamw_torch", bf16=False, use_cpu=True, save_strategy="no",
+                      gradient_checkpointing=False, report_to="none", disable_tqdm=True)
         trainer = GRPOTrainer(
             qwen, lambda earned, **_: earned, GRPOConfig(str(tmp_path), **(common | settings)),
             Dataset.from_dict({"prompt": ["0", "1"]}), processing_class=loaded[1].tokenizer,
@@ -85,7 +88,8 @@ def videos(prompts, input_ids, attention_mask):
         after = prompt.position_ids.max() + 1 + torch.arange(len(tokens) - len(prompt.input_ids))
         positions[:, row, real] = torch.cat([prompt.position_ids, after.expand(3, -1)], 1)
         shown.append(prompt)
-    return {"position_ids": positions, "video_grid_thw": torch.stack([p.video_grid_thw for p in shown]),
+    return {"position_ids": positions,
+            "video_grid_thw": torch.stack([p.video_grid_thw for p in shown]),
             "pixel_values_videos": torch.cat([p.pixel_values_videos for p in shown])}
 
 
@@ -131,22 +135,25 @@ def distances(peer, prompts, ours, settings, num_iterations=1, scale=True, loss_
     optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.0)
     rollouts = grpo.Rollouts(prompts, completions, mask, torch.zeros(mask.shape))
     trainer.train()
-    metrics = grpo.update(policy, reference, optimizer, rollouts, grpo.advantages(REWARDS, scale), beta=BETA,
-                          loss_type=loss_type, epsilon=0.2, num_iterations=num_iterations, temperature=1.0,
-                          max_tokens=trainer.args.max_completion_length, micro_batch_size=1)
+    metrics = grpo.update(policy, reference, optimizer, rollouts, grpo.advantages(REWARDS, scale),
+                          beta=BETA, loss_type=loss_type, epsilon=0.2, temperature=1.0,
+                          max_tokens=12, num_iterations=num_iterations, micro_batch_size=1)
     assert metrics["updates"] == num_iterations and metrics["grad_norm"] > grpo.MAX_GRAD_NORM
     assert (metrics["clipped"] > 0.1) == (num_iterations > 1)
     moved, averages = [], []
     for qwen, adamw in ((policy.qwen, optimizer), (trainer.model, trainer.optimizer)):
         weights = {name: weight for name, weight in qwen.named_parameters() if weight.requires_grad}
         assert weights.keys() == start.keys()
-        moved.append(torch.cat([(weights[name].detach() - start[name]).flatten() for name in start]))
-        averages.append(torch.cat([adamw.state[weights[name]]["exp_avg"].flatten() for name in start]))
+        moves = [(weights[name].detach() - start[name]).flatten() for name in start]
+        means = [adamw.state[weights[name]]["exp_avg"].flatten() for name in start]
+        moved.append(torch.cat(moves))
+        averages.append(torch.cat(means))
     return [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in (moved, averages)]
 
 
 @pytest.mark.parametrize("loss_type, scale, num_iterations",
-                         [("grpo", True, 1), ("grpo", False, 2), ("bnpo", True, 2), ("dr_grpo", True, 2)])
+                         [("grpo", True, 1), ("grpo", False, 2), ("bnpo", True, 2),
+                          ("dr_grpo", True, 2)])
 def test_updates(peer, prompts, ours, loss_type, scale, num_iterations):
     """The second update clips. AdamW divides a gradient by its size + 1e-8, so it enlarges the rounding of those that
     are about as small."""

@@ -64,6 +64,12 @@ def test_the_published_models_need_no_folder(tmp_path, monkeypatch, name, total,
     assert told.shape.total == total and told.memory["always"]["adapters, fp32"] == 4 * adapters / 8
 
 
+def test_of_a_model_on_the_hub_the_config_alone_is_downloaded(folder, monkeypatch):
+    monkeypatch.setattr(plan.model_folder, "local_folder",
+                        lambda name, config_only: {("org/tiny", True): str(folder / "model")}[name, config_only])
+    assert plan.config_of("org/tiny").text_config.num_hidden_layers == 4
+
+
 def test_operations_are_those_that_torch_counts(small):
     """The plain forward pass of one sequence; its attention is not halved, and it has all logits."""
     sizes, policy, prompts, _ = small

@@ -14,21 +14,26 @@ from engine.sampling import Decoding, draw_token, rows_to_keep
 HEADS = [(2, 1), (4, 2), (4, 4), (6, 2), (3, 1)]        # attention heads and key heads
 
 
-def assert_sampled_from(policy, prompts, rollouts, generators=None, temperature=1.0, max_tokens=20):
-    """Assert that each token is what its own random number draws from the distribution that transformers' own forward
-    pass gives behind the tokens before it, or the likeliest one without generators."""
-    _, rows, longest = rollouts.mask.shape
+def assert_sampled_from(policy, prompts, rollouts, generators=None, temperature=1.0, max_tokens=20,
+                        stops=()):
+    """Assert that each token up to and including the first stop token is what its own random number draws from the
+    distribution that transformers' own forward pass gives behind the tokens before it, or the likeliest one without
+    generators; and that nothing was computed after the last row had stopped."""
+    completions, mask = rollouts.completions, rollouts.mask.bool()
+    is_stop = torch.isin(completions, torch.tensor(stops)) & mask
+    has_stopped = (is_stop.cumsum(-1) - is_stop.long()).bool()
+    assert torch.equal(mask, ~has_stopped) and mask[..., -1].any()
+    _, rows, longest = mask.shape
     for b, prompt in enumerate(prompts):
         uniform = None
         if generators:
             uniform = torch.rand(rows, max_tokens, generator=generators[b])[:, :longest].flatten()
         with torch.no_grad():
-            logprobs = distributions(policy.qwen, prompt, rollouts.completions[b], policy.forbidden,
-                                     temperature)                                           # (R, C, V)
+            logprobs = distributions(policy.qwen, prompt, completions[b], policy.forbidden,
+                                     temperature)                                       # (R, C, V)
         tokens = draw_token(logprobs.flatten(0, 1), uniform).view(rows, longest)
-        mask = rollouts.mask[b]
-        assert torch.equal(rollouts.completions[b], tokens * mask)
-        expected = logprobs.gather(-1, tokens[..., None])[..., 0] * mask
+        assert torch.equal(completions[b], tokens * mask[b])
+        expected = logprobs.gather(-1, tokens[..., None])[..., 0] * mask[b]
         torch.testing.assert_close(rollouts.logprobs[b], expected.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -37,7 +42,7 @@ def test_draws_follow_the_softmax():
     uniform = (torch.arange(8000) + 0.5) / 8000
     counts = torch.bincount(draw_token(logits.expand(8000, -1), uniform), minlength=4)
     assert counts.tolist() == [1000, 0, 3000, 4000]
-    edges = torch.tensor([0.0, 1 - 2 ** -24])           # the smallest and the largest that torch.rand gives
+    edges = torch.tensor([0.0, 1 - 2 ** -24])   # the smallest and the largest that torch.rand gives
     assert draw_token(logits.expand(2, -1), edges).tolist() == [0, 3]
     assert draw_token(logits[None], None).tolist() == [3]
 
@@ -46,7 +51,8 @@ def test_draws_follow_the_softmax():
 def test_tokens_are_drawn_from_the_model(seed):
     """Of prompts of different lengths, with rows that stop and are dropped, and a temperature."""
     rng = random.Random(seed)
-    policy = random_policy(seed, rng.choice(HEADS), layers=rng.randint(1, 3), tied=rng.random() < 0.5)
+    policy = random_policy(seed, rng.choice(HEADS), layers=rng.randint(1, 3),
+                           tied=rng.random() < 0.5)
     count, rows, temperature = rng.randint(1, 3), rng.randint(1, 5), rng.choice([1.0, 0.7])
     prompts = random_prompts(count, seed)
     free = grpo.sample(policy, prompts, rows, 20, [], seeded(count), temperature)
@@ -55,7 +61,7 @@ def test_tokens_are_drawn_from_the_model(seed):
     stops = free.completions.flatten(0, 1)[::2, 3].tolist()
     rollouts = grpo.sample(policy, prompts, rows, 20, stops, seeded(count), temperature)
     assert rollouts.mask.sum() < free.mask.sum()
-    assert_sampled_from(policy, prompts, rollouts, seeded(count), temperature)
+    assert_sampled_from(policy, prompts, rollouts, seeded(count), temperature, stops=stops)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -108,7 +114,6 @@ def test_rows_to_keep_by_hand():
 
 
 def test_stopped_rows_are_not_computed(monkeypatch):
-    """Completions are the same whether rows are dropped or not."""
     policy, prompts = random_policy(), random_prompts(2)
     free = grpo.sample(policy, prompts, 4, 12, [], seeded(2))
     stops = [*free.completions[0, :, 1].tolist(), *free.completions[1, :2, 3].tolist()]
@@ -119,10 +124,6 @@ def test_stopped_rows_are_not_computed(monkeypatch):
         return decode(self, token)
 
     monkeypatch.setattr(Decoding, "__call__", counted)
-    dropped = grpo.sample(policy, prompts, 4, 12, stops, seeded(2))
+    rollouts = grpo.sample(policy, prompts, 4, 12, stops, seeded(2))
     assert counts[0] == 8 and counts[-1] < 8
-    monkeypatch.setattr(grpo, "rows_to_keep", lambda running: None)
-    whole = grpo.sample(policy, prompts, 4, 12, stops, seeded(2))
-    assert torch.equal(dropped.completions, whole.completions)
-    assert torch.equal(dropped.mask, whole.mask)
-    torch.testing.assert_close(dropped.logprobs, whole.logprobs)
+    assert_sampled_from(policy, prompts, rollouts, seeded(2), max_tokens=12, stops=stops)
