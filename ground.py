@@ -64,7 +64,7 @@ def check_flags(config: Config, queries: list[str]) -> None:
         raise ValueError(f"query {queries.index('') + 1} of {len(queries)} is empty; say what to "
                          "look for")
     flags.check_numbers(config, "batch_size", "max_tokens", "total_pixels", "cache_gb",
-                        "video_timeout")
+                        "video_timeout", "workers")
     if config.png:
         files.check_output(Path(config.png).parent, "--png")
         if Path(config.png).is_dir():

@@ -3,11 +3,12 @@ import json
 
 import pytest
 
+from engine import flags
 from lab import compare
 
 
 def evaluation(folder, ious, vc):
-    """Two queries of disjoint events a video; the answers of each have these IoUs with their own truths."""
+    """Two queries of disjoint events per video; the answers have these IoUs with their own truths."""
     folder.mkdir()
     rows = []
     for i, iou in enumerate(ious):
@@ -33,12 +34,27 @@ def test_differences_by_hand(tmp_path):
     assert 0.2 < low < 0.5 < high < 0.8
 
 
-def test_command_line(tmp_path, capsys):
+def test_queries_are_paired_by_id(tmp_path):
+    """Whatever their order; those that one folder lacks are left out. Of toy.py there is narrated.jsonl, too."""
+    a = evaluation(tmp_path / "a", [1.0, 0.8, 0.6, 0.4], [1.0])
+    b = evaluation(tmp_path / "b", [1.0, 0.8, 0.6, 0.4, 0.0, 0.0], [1.0])
+    lines = (tmp_path / "b" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "predictions.jsonl").write_text("".join(reversed(lines)))
+    for folder, value in ((tmp_path / "a", 0.5), (tmp_path / "b", 0.25)):
+        rows = [{"id": f"v{i}:0", "video": f"v{i}", "narrated": value} for i in range(3)]
+        (folder / "narrated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare.compare(a, b)
+    assert found["iou"] == pytest.approx((0.7, 0.7, 0, 0, 0)) and found["narrated"][2] == 0.25
+    assert "vc" not in found        # of one video there is no interval
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
     a = evaluation(tmp_path / "a", [1.0, 0.8] * 3, [1.0] * 3)
     b = evaluation(tmp_path / "b", [0.5, 0.6] * 3, [0.0] * 3)
-    assert compare.main([a, b, b, a]) == 0
+    monkeypatch.setattr("sys.argv", ["compare.py", a, b, b, a])
+    flags.command_line(compare.Config, compare.main, compare.__doc__)
     out = capsys.readouterr().out
     assert "iou              0.900 - 0.550 = +0.350 (+0.350 to +0.350)" in out and "mean +0.000, from -0.350" in out
-    for words, said in (([a], "give pairs"), ([a, str(tmp_path)], "has no predictions.jsonl")):
-        assert compare.main(words) == 2
-        assert said in capsys.readouterr().err
+    for folders, words in (([a], "give pairs"), ([a, str(tmp_path)], "has no predictions.jsonl")):
+        with pytest.raises(ValueError, match=words):
+            compare.main(compare.Config(folders=folders))

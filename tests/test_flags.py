@@ -62,6 +62,21 @@ def test_help_has_the_required_flags_first_and_the_others_by_class():
     assert "who, 100 % sure" in text
 
 
+def test_positional_words_may_stand_before_and_behind_flags():
+    @dataclass(kw_only=True)
+    class Placed:
+        """an example"""
+        file: str = flag(MISSING, "first", positional=True)
+        others: list[str] = flag(MISSING, "behind it", positional=True)
+        count: int = flag(3, "how many")
+
+    for words in ("a b c --count 5", "--count 5 a b c", "a b --count 5 c"):
+        assert flags.parse(Placed, words.split()) == Placed(file="a", others=["b", "c"], count=5)
+    for words in ("", "a"):
+        with pytest.raises(SystemExit):
+            flags.parse(Placed, words.split())
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_its_reason(script):
     config = SCRIPTS[script].Config
@@ -181,9 +196,10 @@ def ends(wrong, monkeypatch, capsys):
     def check(script, words, **values):
         config, before = SCRIPTS[script].Config, sorted(wrong.rglob("*"))
         right = {field.name: RIGHT[field.name] for field in fields(config) if field.name in RIGHT}
+        places = {field.name for field in fields(config) if field.metadata["positional"]}
         line = [f"{script}.py"]
         for name, value in (right | values).items():
-            line += [f"--{name}", value]
+            line += [value] if name in places else [f"--{name}", value]
         monkeypatch.setattr(sys, "argv", line)
         with pytest.raises(SystemExit) as stop:
             flags.command_line(config, SCRIPTS[script].main, SCRIPTS[script].__doc__)

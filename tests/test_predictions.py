@@ -1,14 +1,19 @@
-"""Answers of other models: what the lenient reader reads as what, and text files that are not quite text."""
+"""Answers of other models: how they are scored, to which queries they belong, what the lenient reader reads as what,
+and text files that are not quite text."""
 import bz2
 import gzip
 import json
+import sys
 import time
 
 import pytest
 
+import evaluate
 import rewards
+from engine import flags
+from lab import predictions
 
-READ = [        # the table in engine/predictions.py, and more
+READ = [        # the table in lab/predictions.py, and more
     ("3.2 TO 9.1", (3.2, 9.1)), ("3.2 until 9.1", (3.2, 9.1)), ("3.2s till 9.1", (3.2, 9.1)), ("3 through 9", (3, 9)),
     ("**3.2** to **9.1**", (3.2, 9.1)), ("`3.2` to _9.1_", (3.2, 9.1)), ("__3.2__ - __9.1__ s", (3.2, 9.1)),
     ("12.5s - 17.8s", (12.5, 17.8)), ("12.5–17.8", (12.5, 17.8)), ("12.5 ~ 17.8 sec", (12.5, 17.8)),
@@ -58,38 +63,149 @@ def test_what_training_reads_is_read_alike(text):
                                    "end start ", "end 1 start 1 ", "1 - ", " ", "\n", "1 min ", "1 h 1 min 1 s ", "-",
                                    "_", "*", "'", "<answer>", "1 and ", "frames ", "start: 1 end", "1 to 2 x", "a_"])
 def test_reading_takes_linear_time(piece):
+    text = piece * (100_000 // len(piece))
     began = time.process_time()
-    predictions.lenient(piece * (100_000 // len(piece))), predictions.lenient("1" + piece * (100_000 // len(piece)) + "2 - x")
+    predictions.lenient(text)
+    predictions.lenient(f"1{text}2 - x")
     assert time.process_time() - began < 5      # a quadratic pattern takes minutes
 
 
-def read(tmp_path, *rows):
-    (tmp_path / "p.jsonl").write_bytes(rows[0] if isinstance(rows[0], bytes) else
-                                       "\n".join(map(json.dumps, rows)).encode())
-    found = predictions.read(str(tmp_path / "p.jsonl"), rewards.segment)
-    return [(row["start"], row["end"], row["lenient"]) for row in found]
+# Files
+
+def read(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    return [(row["start"], row["end"], row["lenient"]) for row in predictions.read(str(tmp_path / "p.jsonl"))]
 
 
 def test_strict_is_first_and_a_null_is_no_answer(tmp_path):
-    """Rows of this project hold what training's reader found, null for nothing: their score must not change."""
-    assert read(tmp_path, {"id": "1", "completion": "2 to 3 or [5, 6]"}, {"id": "1", "completion": "5 - 6"},
-                {"id": "1", "completion": "5 - 6", "start": None, "end": None}, {"id": "1", "start": "1", "end": 2},
-                {"id": "1", "completion": "5 - 6", "error": "x"}, {"id": "1", "completion": "5 - " + "6" * 400},
-                {"id": "1", "completion": "nothing"}) == [
-        (2, 3, False), (5, 6, True), (None, None, False), (1, 2, False), (None, None, False), (None, None, True),
-        (None, None, False)]
+    """Rows of evaluate.py hold what training's reader read, null for nothing: their score must not change."""
+    expected = {
+        '"completion": "2 to 3 or [5, 6]"': (2, 3, False), '"completion": "5 - 6"': (5, 6, True),
+        '"completion": "5 - 6", "start": null, "end": null': (None, None, False),
+        '"start": "1", "end": 2': (1, 2, False), '"completion": "5 - 6", "error": "x"': (None, None, False),
+        f'"completion": "5 - {"6" * 400}"': (None, None, True), '"completion": "nothing"': (None, None, False)}
+    lines = [f'{{"id": "1", {fields}}}' for fields in [*expected, '"task": "VC", "completion": "x"']]
+    assert read(tmp_path, "\n".join(lines).encode()) == list(expected.values())
 
 
 def test_marks_and_line_ends(tmp_path):
     row = b'{"id": "1", "start": 1, "end": 2}'
     for end in (b"\n", b"\r\n", b"\r"):
-        assert read(tmp_path, b"\xef\xbb\xbf" + row + end + row + end) == [(1, 2, False)] * 2
+        assert read(tmp_path, b"\xef\xbb\xbf" + row + end + end + row + end) == [(1, 2, False)] * 2
 
 
 @pytest.mark.parametrize("content, name", [
     (gzip.compress(b"{}", mtime=0), "gzip"), (bz2.compress(b"{}"), "bzip2"), ("{}".encode("utf-16"), "UTF-16"),
     ("{}".encode("utf-32"), "UTF-32"), (b"\xfe\xff\0{\0}", "UTF-16"), ("{'a'}".encode("utf-16-le"), "UTF-16")])
 def test_what_is_no_utf_8_is_called_by_its_name(tmp_path, content, name):
-    with pytest.raises(ValueError, match=f"p.jsonl: cannot be read .*{name}.*--predictions") as error:
+    with pytest.raises(ValueError, match=f"p.jsonl: cannot be read .*{name}.*JSON lines") as error:
         read(tmp_path, content)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line, words", [
+    (b'{"id": "A:1", "start": 0', "no prediction"), (b"[1]", "no prediction"), (b"[" * 10 ** 5, "no prediction"),
+    (b'{"start": 0, "end": 1}', "neither id"), (b'{"query": "q", "start": 1, "end": 2}', "neither id"),
+    (b'{"id": "A:1"}', "neither start"), (b'{"id": "A:1", "start": "x", "end": 1}', "could not convert"),
+    (b'{"id": "A:1", "completion": [1]}', "no prediction")])
+def test_a_broken_line_is_named(tmp_path, line, words):
+    with pytest.raises(ValueError, match=f"p.jsonl:2: .*{words}"):
+        read(tmp_path, b'{"id": "A:1", "start": 0, "end": 1}\n' + line)
+
+
+# Scores
+
+LINES = ("A 0.0 10.0##person sits.\nA 10.0 20.0##person eats.\nB.x_1.0 0.0 10.0##Person  runs.\n"
+         "C 0.0 4.0##person naps.\nD 0.0 4.0##person eats.\nE 0.0 4.0##person eats.\n")
+
+
+def score(tmp_path, *rows, annotations=LINES, **changes):
+    (tmp_path / "a.txt").write_text(annotations)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return predictions.main(predictions.Config(file=str(tmp_path / "p.jsonl"), annotations=str(tmp_path / "a.txt"),
+                                               **changes))
+
+
+def test_anybody_s_predictions(tmp_path):
+    scores = score(
+        tmp_path,
+        {"id": "A:1", "start": 0, "end": 1}, {"id": "A:1", "start": 0.0, "end": "7"},      # the last: IoU 0.7
+        {"id": "17", "video": "videos/A.mp4", "query": "person  EATS. ",
+         "completion": "<think>10 to 12</think> from 10 to 15"},
+        {"video": "B.x_1.0", "query": "person runs.", "start": 0, "end": 3, "task": "TVG"},         # IoU 0.3
+        {"id": "C:4", "completion": "I do not know"}, {"id": "D:5", "error": "out of memory", "start": 0, "end": 4},
+        {"id": "A:2", "query": "person sits.", "start": 0, "end": 9},                      # the id of another file
+        {"id": "A", "start": 0, "end": 9}, {"video": "Z", "query": "person sits.", "start": 0, "end": 9})
+    assert scores["queries"] == 6 and scores["mIoU"] == pytest.approx((0.7 + 0.5 + 0.3) / 6)
+    assert scores["R1@0.7"] == pytest.approx(1 / 6) and scores["R1>0.7"] == 0
+    wrong = ("unparsable", "missing", "failed", "unmatched", "duplicates", "rejected", "lenient")
+    assert [scores[name] for name in wrong] == [1, 1, 1, 3, 1, 0, 0] and "unreadable" not in scores
+    assert not any("best_window" in key for key in scores)
+    assert scores["mIoU_95"][0] < scores["mIoU"] < scores["mIoU_95"][1] and scores["R1@0.7_95"][0] == 0
+
+
+def test_lenient_answers_are_counted(tmp_path):
+    scores = score(tmp_path, {"id": "A:1", "completion": "<answer>00:00 - 00:10</answer>"},
+                   {"id": "A:2", "completion": "10 to 20"}, {"id": "C:4", "completion": "[0, 4]", "error": "x"},
+                   {"id": "D:5", "completion": "10 to 20 %"},
+                   {"id": "E:6", "start": None, "end": None, "completion": "0 - 4"})
+    assert scores["mIoU"] == pytest.approx(2 / 6)
+    assert [scores[name] for name in ("lenient", "unparsable", "failed", "missing")] == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name, best", [
+    (lambda qid: {"qid": qid}, 1.0), (lambda qid: {"id": str(qid)}, 1.0),
+    (lambda qid: {"video": f"v_{qid}.0_210.0", "query": f"query {qid}"}, 1.0), (lambda qid: {"id": f"{qid}:0"}, 1.0)])
+def test_one_answer_for_all_windows(tmp_path, name, best):
+    """QVHighlights: query 7 has windows 0-10 and 20-30, query 8 one of 0-10. By the id of one window the answer is that
+    to this window alone."""
+    annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": f"v_{qid}.0_210.0", "duration": 150,
+                                        "relevant_windows": windows})
+                            for qid, windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
+    scores = score(tmp_path, {**name(7), "start": 20, "end": 30}, {**name(8), "start": 0, "end": 6},
+                   annotations=annotations)
+    one_window = "id" in name(7) and ":" in name(7)["id"]
+    assert scores["missing"] == one_window and scores["unmatched"] == scores["duplicates"] == 0
+    assert scores["mIoU"] == pytest.approx((0.6 if one_window else 1.6) / 3)
+    assert scores["best_window_queries"] == 2 and scores["best_window_mIoU"] == pytest.approx((best + 0.6) / 2)
+
+
+def test_two_samples_of_one_query_are_no_windows(tmp_path):
+    scores = score(tmp_path, {"video": "A", "query": "he sits.", "start": 20, "end": 30},
+                   annotations="A 0 10##he sits.\nA 20 30##he sits.\n")
+    assert scores["mIoU"] == 0.5 and scores["queries"] == 2 and not any("best_window" in name for name in scores)
+
+
+def test_unusable_queries_stay_in_the_denominator(tmp_path):
+    """As those of no length in TVGBench; whoever predicts them is not told that they are unknown."""
+    annotations = json.dumps([{"path": f"{name}.mp4", "question": f"what {name} does", "answer": answer, "start": None,
+                               "end": None, "duration": 30.0}
+                              for name, answer in (("A", "0.0-10.0"), ("B", "5.0-5.0"), ("C", "1.0-400.0"))])
+    first, *others = [{"video": name, "query": f"what {name} does", "start": 0, "end": 10} for name in "ABC"]
+    scores = score(tmp_path, first, *others, annotations=annotations)
+    assert scores["queries"] == 3 and scores["mIoU"] == scores["R1@0.5"] == pytest.approx(1 / 3)
+    counts = ("rejected", "rejected_as_0", "missing", "unmatched", "unparsable", "failed")
+    assert [scores[name] for name in counts] == [2, 2, 0, 0, 0, 0]
+    assert scores["mIoU_95"][0] == 0 and "3 videos" in scores["intervals"]
+    assert score(tmp_path, first, annotations=annotations) == scores          # or leaves them out
+
+
+def test_own_predictions_score_the_same(folder, warm, tmp_path, monkeypatch, capsys):
+    own = evaluate.main(evaluate.Config(
+        model=str(warm), annotations=str(folder / "test.txt"), videos=str(folder / "videos"), tasks=["TVG", "AR"],
+        output=str(tmp_path / "own"), cache=str(folder / "cache"), max_tokens=64))
+    monkeypatch.setattr(sys, "argv", ["predictions.py", str(tmp_path / "own" / "predictions.jsonl"), "--annotations",
+                                      str(folder / "test.txt"), "--output", str(tmp_path / "again")])
+    flags.command_line(predictions.Config, predictions.main, predictions.__doc__)
+    again = json.loads(capsys.readouterr().out)
+    shared = {"queries", "mIoU", "mIoU_95", "R1@0.3", "R1@0.5_95", "R1>0.7", "right_event", "unparsable"}
+    assert {name: own[name] for name in shared} == {name: again[name] for name in shared}
+    assert again["missing"] == again["failed"] == 0
+    assert json.loads((tmp_path / "again" / "scores.json").read_text()) == again
+    assert len((tmp_path / "again" / "predictions.jsonl").read_text().splitlines()) == own["queries"]
+
+
+@pytest.mark.parametrize("output, words", [("a.txt", "--output .*a.txt"), (".", "--output .* is not empty")])
+def test_an_output_in_use_is_refused(tmp_path, output, words):
+    with pytest.raises(ValueError, match=words):
+        score(tmp_path, {"id": "A:1", "start": 0, "end": 1}, output=str(tmp_path / output))
