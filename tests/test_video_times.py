@@ -150,6 +150,7 @@ def test_reference_frames_that_are_never_shown(tmp_path, ten_fps):
                 target.mux(hidden)
     with av.open(str(path)) as file:
         assert sum(packet.size > 0 for packet in file.demux(video=0)) == 36
+    assert np.allclose(video_times.survey(str(path)).times, np.arange(30) / 10, atol=1e-3)
     clip = load(path)
     assert shown(clip, 7) == list(range(30)) and clip.duration == pytest.approx(3.0)
 
