@@ -282,7 +282,7 @@ def test_two_processes_of_torchrun_stopped_and_continued_by_one(unbroken, tmp_pa
     settings = replace(unbroken, output=str(output))
     process = command("train.py", settings, tmp_path / "log", processes=2)
     began = time.monotonic()
-    while not lines(output / "metrics.jsonl") and process.poll() is None and time.monotonic() - began < 100:
+    while not lines(output / "metrics.jsonl") and process.poll() is None and time.monotonic() - began < 170:
         time.sleep(0.01)
     process.terminate()
     process.wait(30)
