@@ -114,7 +114,8 @@ def test_each_prediction_is_its_query_s(config):
 def test_answers_depend_on_flags_and_not_on_batches(config, folder):
     """Of a random model, which babbles about all that it sees."""
     def answers(name, **changes):
-        return completions(config(name, model=str(folder / "model"), tasks=["TVG"], **changes))
+        return completions(config(name, model=str(folder / "model"), tasks=["TVG"], max_tokens=6,
+                                  **changes))
 
     plain = answers("plain", batch_size=5)
     assert answers("one", batch_size=1) == plain != answers("blind", blind=True)

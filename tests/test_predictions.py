@@ -113,7 +113,7 @@ def cases():
         yield text.strip().replace("⏎", "\n"), tuple(map(float, span.split()))
 
 
-@pytest.mark.parametrize("text, span", cases())
+@pytest.mark.parametrize("text, span", list(cases()))
 def test_forms_of_an_answer(text, span):
     for whole in (text, f"<think>1 to 2, [5, 6]</think> <answer>{text}</answer>", f"<think>[5, 6]</think>\n{text}",
                   f"<answer>8 - 9</answer> no: <answer> {text}", f"<answer>\n{text}\n</answer> or 5 - 6"):
