@@ -16,12 +16,12 @@ best_window_... has one value per query, that of its best window.
 
 Writes config.json, predictions.jsonl (one line per task and query, in the order of the annotations) and scores.json to
 --output. Until the end each process appends its finished batches to predictions.rank<N>.jsonl; the same command again,
-on any number of processes, goes on from there. Of a finished evaluation it only computes the scores again: delete the
-folder to repeat it. Another config is refused; answers of a model or an annotation file that has changed since are
-thrown away.
+on any number of processes, goes on from there. When the evaluation is finished, the command only computes the scores
+again; to repeat the evaluation, delete the folder. Another config is refused; answers of a model or an annotation file
+that has changed since are thrown away.
 
-`python -m lab.predictions` scores answers that something else gave, `python -m lab.fixed_answer` the best one answer
-for all queries.
+`python -m lab.predictions` scores answers from elsewhere; `python -m lab.fixed_answer` scores the one answer for all
+queries that is best for a training file.
 """
 import json
 import time
@@ -92,7 +92,7 @@ def main(config: Config) -> Metrics:
 
 
 def check_flags(config: Config) -> None:
-    """Raise ValueError, naming the flag, for a value that cannot work, or with which --output was not begun."""
+    """Raise ValueError, naming the flag, for a value that cannot work, or that differs from --output's config."""
     unknown = set(config.tasks) - set(tasks.TASKS)
     if unknown or not config.tasks or len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"--tasks {' '.join(config.tasks)}: choose from {' '.join(tasks.TASKS)}, "
@@ -144,7 +144,7 @@ class Batch:
     samples: list[data.Sample]
 
     def names(self) -> list[tuple[str, str]]:
-        """What the predictions of the samples are known by."""
+        """What identifies the predictions of the samples: (task, id) of each."""
         return [(self.task.name, sample.id) for sample in self.samples]
 
 
@@ -189,7 +189,7 @@ def predict(config: Config, samples: list[data.Sample]) -> list[dict]:
     batches, order = make_batches(config, samples)
     earlier = distributed.gather(read_earlier(config) if rank == 0 else [])
     known = {(row["task"], row["id"]): row for row in earlier}
-    # A batch is answered as a whole or again: no answer depends on where a run was interrupted.
+    # An interrupted batch is answered again as a whole: no answer depends on the interruption.
     todo = [batch for batch in batches if not known.keys() >= set(batch.names())]
     new = []
     if todo:
@@ -232,8 +232,8 @@ def input_files(config: Config) -> dict[str, list[int]]:
 
 
 def answer_and_write(config: Config, batches: list[Batch], is_new: bool) -> list[dict]:
-    """The predictions of this process's batches, which it also appends to its file, batch by batch. Every process calls
-    it, those without batches, too. A new evaluation first clears --output of answers of another model."""
+    """The predictions of this process's batches, which it also appends to its file, batch by batch. Every process has
+    to call this function, also one that has no batches. A new evaluation first deletes answers of another model."""
     rank, _, device = distributed.start_process()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     policy, encoder = model.load(config.model, device, dtype)

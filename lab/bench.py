@@ -38,15 +38,17 @@ import tasks
 from engine import flags
 from engine.flags import flag
 from engine.loader import Loader
-from lab import decode, plan
-from lab.ways import DEVICE, DTYPE, WAYS, Sizes, as_published, build, make_prompts, repeat, shape, timed
+from lab import decode, plan, ways
+from lab.ways import DEVICE, DTYPE, WAYS, Sizes, shape, timed
 
 PARTS = ["data", "prefill", "decode", "rewards", "reference", "forward", "backward", "optimizer"]
 SCORING = ["reference", "forward", "backward"]
-WORDS = "a person opens closes holds the door book then walks and sits on takes red bag puts it down to".split()
+WORDS = "a person opens closes holds the door book then walks and sits on takes red bag puts".split()
 SAMPLE = data.Sample("0", "video.mp4", "a person opens the door", 0.0, 1.0, None)
 GB = 2 ** 30
-AXES = {"group_size": [2, 4, 8, 16], "grids": [10, 25, 50, 75], "max_tokens": [32, 64, 128, 256]}   # of --sweep
+AXES = {"group_size": [2, 4, 8, 16],        # of --sweep
+        "grids": [10, 25, 50, 75],
+        "max_tokens": [32, 64, 128, 256]}
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,8 @@ class Config(Sizes):
     repeats: int = flag(1, "runs of each way; medians are given, and the range")
     only: str = flag("", "run only this way: ours or repeated")
     sweep: bool = flag(False, "fit the time of a step against G, P and C instead")
-    logits: bool = flag(False, "measure the memory of scoring instead: vocabulary 151,936, G 8, C 256, a tiny model")
+    logits: bool = flag(False, "measure the memory of scoring instead: vocabulary 151,936, G 8, "
+                               "C 256, a tiny model")
     decode: bool = flag(False, "measure single tokens instead; see lab/decode.py")
     evaluate: bool = flag(False, "measure evaluation instead, on the TVG queries of --annotations")
     annotations: str = flag("", "annotation file for --evaluate")
@@ -90,10 +93,11 @@ def step(config: Config, way: str, policy: model.Policy, reference: model.Policy
     rollout, logprobs = WAYS[way]
     generator, seconds = torch.Generator().manual_seed(config.seed), {}
     size = config.prompts, config.group_size, config.max_tokens
-    completions = torch.randint(policy.qwen.config.text_config.vocab_size // 2, size, generator=generator)  # (B, G, C)
+    vocabulary = policy.qwen.config.text_config.vocab_size
+    completions = torch.randint(vocabulary // 2, size, generator=generator)         # (B, G, C)
     mask = torch.ones_like(completions)
     before, _ = memory_used()
-    prompts = make_prompts(config, policy.qwen.config, seconds)
+    prompts = ways.make_prompts(config, policy.qwen.config, seconds)
     for name, tokens in (("prefill", 1), ("decode", config.max_tokens)):
         generators = [torch.Generator().manual_seed(config.seed + i) for i in range(config.prompts)]
         with timed(seconds, name):
@@ -107,29 +111,35 @@ def step(config: Config, way: str, policy: model.Policy, reference: model.Policy
         ref_logprobs = logprobs(reference, prompts, completions, mask)
     with timed(seconds, "forward"):
         new_logprobs = logprobs(policy, prompts, completions, mask)
-        loss, *_ = grpo.loss(new_logprobs, new_logprobs.detach(), ref_logprobs, advantages, mask.to(DEVICE), beta=0.04,
-                             num_completions=rewards.numel())
+        loss, *_ = grpo.loss(new_logprobs, new_logprobs.detach(), ref_logprobs, advantages,
+                             mask.to(DEVICE), beta=0.04, num_completions=rewards.numel())
     with timed(seconds, "backward"):
         loss.backward()
     with timed(seconds, "optimizer"):
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return {"seconds": seconds, "before": before, "loss": loss.item(), "grad_norm": grad_norm.item(),
-            "logprobs": new_logprobs.flatten().tolist(), "prompt": len(prompts[0].input_ids),
+    return {"seconds": seconds,
+            "before": before,
+            "loss": loss.item(),
+            "grad_norm": grad_norm.item(),
+            "logprobs": new_logprobs.flatten().tolist(),
+            "prompt": len(prompts[0].input_ids),
             "grid": prompts[0].video_grid_thw.tolist()}
 
 
 def set_up(config: Config, way: str) -> tuple[model.Policy, model.Policy, torch.optim.Optimizer]:
     """Policy, reference, and optimizer with its states; everything warmed up by a small step."""
-    policy, reference = build(config), build(config).requires_grad_(False)
+    policy = ways.build(config)
+    reference = ways.build(config).requires_grad_(False)
     for weight in reference.parameters():       # so that there is a KL term
         weight.mul_(1.01)
     if way == "repeated":
-        as_published(policy.qwen)
-        as_published(reference.qwen)
+        ways.as_published(policy.qwen)
+        ways.as_published(reference.qwen)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=0.0)
-    step(replace(config, grids=2, prompts=1, group_size=2, max_tokens=2), way, policy, reference, optimizer)
+    small = replace(config, grids=2, prompts=1, group_size=2, max_tokens=2)
+    step(small, way, policy, reference, optimizer)
     return policy, reference, optimizer
 
 
@@ -138,13 +148,14 @@ def score_large_vocabulary(config: Config, whole: bool) -> dict:
     once. Gives the memory before it."""
     if whole:
         model.LOGITS_AT_ONCE = 2 ** 62
-    config = replace(config, grids=2, hidden=128, layers=1, vision_hidden=64, vision_depth=1, vocabulary=151936,
-                     group_size=8, max_tokens=256, prompts=1, model="")
-    policy = build(config)
+    config = replace(config, grids=2, hidden=128, layers=1, vision_hidden=64, vision_depth=1,
+                     vocabulary=151936, group_size=8, max_tokens=256, prompts=1, model="")
+    policy = ways.build(config)
     completions = torch.arange(8 * 256).view(1, 8, 256)             # (B, G, C)
-    prompts = make_prompts(config, policy.qwen.config)
+    prompts = ways.make_prompts(config, policy.qwen.config)
     before, _ = memory_used()
-    grpo.logprobs(policy, prompts, completions, torch.ones_like(completions)).sum().backward()
+    logprobs = grpo.logprobs(policy, prompts, completions, torch.ones_like(completions))
+    logprobs.sum().backward()
     return {"before": before}
 
 
@@ -178,8 +189,8 @@ def child(config: Config, what: str) -> dict:
             words += [f"--{field}", str(value)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:     # -9: the system ran out of memory
-        raise ValueError(f"measuring {what} ended with code {done.returncode}; a smaller --group_size needs less "
-                         "memory")
+        raise ValueError(f"measuring {what} ended with code {done.returncode}; a smaller "
+                         "--group_size needs less memory")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -200,7 +211,8 @@ def compare(config: Config) -> dict:
     by_way = seconds.groupby("way", sort=False)
     medians = by_way.median().T                                     # (parts, ways)
     floor = floor_seconds(config, first["prompt"], first["grid"], rate)
-    table = pd.concat([medians, by_way.min().T.add_suffix(", lowest"), by_way.max().T.add_suffix(", highest")], axis=1)
+    lowest, highest = by_way.min().T.add_suffix(", lowest"), by_way.max().T.add_suffix(", highest")
+    table = pd.concat([medians, lowest, highest], axis=1)
     table["floor"] = floor
     print(table.rename_axis("seconds").to_string(float_format="%.2f", na_rep=""))
     print(memory.rename_axis("GB").to_string(float_format="%.2f"))
@@ -213,9 +225,16 @@ def compare(config: Config) -> dict:
     if "ours" in ways:
         report["of_floor"] = floor["step"] / medians["ours"]["step"]
         report["of_floor_scoring"] = floor["scoring"] / medians["ours"]["scoring"]
-    return {**report, "seconds": medians.to_dict(), "steps": by_way["step"].apply(list).to_dict(),
-            "memory_gb": memory.to_dict("index"), "gflops_matmul": rate / 1e9, "B": config.prompts,
-            "P": first["prompt"], "G": config.group_size, "C": config.max_tokens, "grid": first["grid"],
+    return {**report,
+            "seconds": medians.to_dict(),
+            "steps": by_way["step"].apply(list).to_dict(),
+            "memory_gb": memory.to_dict("index"),
+            "gflops_matmul": rate / 1e9,
+            "B": config.prompts,
+            "P": first["prompt"],
+            "G": config.group_size,
+            "C": config.max_tokens,
+            "grid": first["grid"],
             "parameters": plan.shape_of(shape(config)).total}
 
 
@@ -226,8 +245,11 @@ def floor_seconds(config: Config, prompt: int, grid: list[int], rate: float) -> 
     for phase, counts in plan.operations(plan.shape_of(shape(config)), step).items():
         floor[phase] = config.prompts * sum(counts.values()) / rate
     policy, total = floor["policy"], sum(floor.values())
-    return {**floor, "forward": policy / 3, "backward": policy / 3 * 2, "scoring": floor["reference"] + policy,
-            "step": total}
+    floor["forward"] = policy / 3
+    floor["backward"] = policy / 3 * 2
+    floor["scoring"] = floor["reference"] + policy
+    floor["step"] = total
+    return floor
 
 
 def differences(ours: dict, theirs: dict) -> dict[str, float]:
@@ -247,13 +269,15 @@ def differences(ours: dict, theirs: dict) -> dict[str, float]:
 def sweep(config: Config) -> dict:
     """Time steps of different G, P, C and fit t = a + b P + c C + d G C + e G P; returns the fit and the points."""
     changes = [{name: value} for name, values in AXES.items() for value in values]
-    changes += [{"group_size": 16, "grids": 10}, {"group_size": 2, "grids": 75}]        # tell G C from G P
+    changes.append({"group_size": 16, "grids": 10})     # these two tell G C from G P
+    changes.append({"group_size": 2, "grids": 75})
     state = set_up(config, "ours")
     points = []
     for change in changes:
         shaped = replace(config, **change)
         result = step(shaped, "ours", *state)
-        points.append((shaped.group_size, result["prompt"], shaped.max_tokens, sum(result["seconds"].values())))
+        total = sum(result["seconds"].values())
+        points.append((shaped.group_size, result["prompt"], shaped.max_tokens, total))
         print("G {:3}  P {:5}  C {:4}  {:7.2f} s".format(*points[-1]))
     g, p, c, seconds = np.array(points).T                           # (points,) each
     terms = {"constant": np.ones(len(p)), "P": p, "C": c, "GC": g * c, "GP": g * p}
@@ -280,8 +304,9 @@ def measure_evaluation(config: Config) -> dict:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         options = evaluate.Config(
-            annotations=config.annotations, model=config.model, videos=config.videos, output=f"{folder}/test",
-            tasks=["TVG"], max_tokens=config.max_tokens, cache=f"{folder}/frames")
+            annotations=config.annotations, model=config.model, videos=config.videos,
+            output=f"{folder}/test", tasks=["TVG"], max_tokens=config.max_tokens,
+            cache=f"{folder}/frames")
         load = Loader(options.total_pixels, options.video_timeout, options.cache)
         for sample in samples:
             load(sample.video, sample.video_start, sample.video_end)
@@ -291,22 +316,19 @@ def measure_evaluation(config: Config) -> dict:
             evaluate.main(options)
         rows = pd.read_json(f"{folder}/test/predictions.jsonl", lines=True)
     same = (rows["completion"] == rows["id"].map(answers)).mean()
-    return {"ratio_evaluate": seconds["generate"] / seconds["evaluate"], "same": same, "n": len(rows), **seconds}
+    ratio = seconds["generate"] / seconds["evaluate"]
+    return {"ratio_evaluate": ratio, "same": same, "n": len(rows), **seconds}
 
 
-@torch.no_grad()
 def generate_answers(config: Config, samples: list[data.Sample], load: Loader) -> dict[str, str]:
     """{id of the sample: transformers' greedy completion}, one query at a time."""
     policy, encoder = model.load(config.model, DEVICE, DTYPE)
-    as_published(policy.qwen)
+    ways.as_published(policy.qwen)
     answers = {}
     for sample in samples:
-        inputs = repeat([tasks.prepare(sample, tasks.TASKS["TVG"], encoder, load)], 1)
-        prompt = inputs["input_ids"]                                # (1, P)
-        output = policy.qwen.generate(                              # (1, P + at most C)
-            **inputs, attention_mask=torch.ones_like(prompt), max_new_tokens=config.max_tokens, do_sample=False,
-            eos_token_id=encoder.stop_ids, pad_token_id=0, suppress_tokens=policy.forbidden)
-        completion = output[:, prompt.shape[1]:]
+        prompt = tasks.prepare(sample, tasks.TASKS["TVG"], encoder, load)
+        output = ways.generate(policy, [prompt], 1, config.max_tokens, encoder.stop_ids)
+        completion = output[:, len(prompt.input_ids):]              # (1, at most C)
         answers[sample.id] = encoder.decode(completion, torch.ones_like(completion))[0]
     return answers
 
@@ -326,7 +348,9 @@ def main(config: Config) -> None:
         report = measure_logits(config)
     else:
         report = compare(config)
-    report["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{platform.machine()} CPU"
+    report["device"] = f"{platform.machine()} CPU"
+    if DEVICE == "cuda":
+        report["device"] = torch.cuda.get_device_name()
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "seed": config.seed}
     print(json.dumps(report))
 

@@ -14,16 +14,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
-from lab.ways import DEVICE, Sizes, as_published, build, make_prompts, repeat, wait
+from lab.ways import DEVICE, Sizes, as_published, build, generate, make_prompts, wait
 
-NARROW = dict(hidden=64, layers=36, vision_hidden=64, vision_depth=1, vocabulary=512, grids=4, side=56, text=16,
-              prompts=1, group_size=8, max_tokens=64, model="")
-NO_KERNEL = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach")      # beside what says itself that it is a view
+NARROW = dict(hidden=64, layers=36, vision_hidden=64, vision_depth=1, vocabulary=512, grids=4,
+              side=56, text=16, prompts=1, group_size=8, max_tokens=64, model="")
+NO_KERNEL = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach")      # they do not say so
 ROUNDS = 5          # of the ways' turns
 
 
@@ -37,15 +38,13 @@ class Decoders:
         self.ways = {"ours": self.ours, "generate": self.generate}
 
     def ours(self, tokens: int) -> Tensor:
-        return grpo.sample(self.policy, self.prompts, self.sizes.group_size, tokens, [-1]).completions
+        rollouts = grpo.sample(self.policy, self.prompts, self.sizes.group_size, tokens, [-1])
+        return rollouts.completions
 
-    @torch.no_grad()
     def generate(self, tokens: int) -> Tensor:
-        inputs, qwen = repeat(self.prompts, self.sizes.group_size), self.published.qwen
-        ids = qwen.generate(
-            **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=tokens, do_sample=False,
-            eos_token_id=qwen.config.video_token_id, pad_token_id=0, suppress_tokens=self.published.forbidden)
-        return ids[:, -tokens:].view(len(self.prompts), -1, tokens)
+        never = [self.published.qwen.config.video_token_id]
+        output = generate(self.published, self.prompts, self.sizes.group_size, tokens, never)
+        return output[:, -tokens:].view(len(self.prompts), -1, tokens)
 
     def time(self, way: str, clock: Callable[[], float]) -> tuple[list[float], Tensor]:
         """(milliseconds between a token and the next, what was decoded)."""
@@ -55,7 +54,8 @@ class Decoders:
             wait()
             stamps.append(clock())
 
-        hooks = [each.qwen.lm_head.register_forward_hook(stamp) for each in (self.policy, self.published)]
+        heads = self.policy.qwen.lm_head, self.published.qwen.lm_head
+        hooks = [head.register_forward_hook(stamp) for head in heads]
         completions = self.ways[way](self.sizes.max_tokens)
         for hook in hooks:
             hook.remove()
@@ -106,7 +106,7 @@ def compare(sizes: Sizes, clock: Callable[[], float]) -> dict:
             medians[way].append(float(np.median(milliseconds)))
     ratios = np.divide(medians["ours"], medians["generate"])
     return {"milliseconds": {way: float(np.median(each)) for way, each in medians.items()},
-            "ranges": {way: [min(each), max(each)] for way, each in medians.items()},
+            "ranges": {way: f"{min(each):.2f}-{max(each):.2f}" for way, each in medians.items()},
             "ratio": float(np.median(ratios)),
             "same": (completions["ours"] == completions["generate"]).float().mean().item()}
 
@@ -121,14 +121,15 @@ def measure(sizes: Sizes) -> dict:
     finally:
         torch.set_num_threads(threads)
     arithmetic = compare(sizes, time.perf_counter)
-    print(f"{'ms per token':12}{'overhead':>10}{'range':>16}{'arithmetic':>12}{'range':>16}{'kernels per layer':>19}")
-    for way, count in kernels.items():
-        cells = []
-        for result, width in ((overhead, 10), (arithmetic, 12)):
-            low, high = result["ranges"][way]
-            cells.append(f"{result['milliseconds'][way]:{width}.2f}{low:9.2f}-{high:<6.2f}")
-        print(f"{way:12}{''.join(cells)}{count:>19}")
+    table = pd.DataFrame({"overhead": overhead["milliseconds"], "overhead, range": overhead["ranges"],
+                          "arithmetic": arithmetic["milliseconds"],
+                          "arithmetic, range": arithmetic["ranges"], "kernels per layer": kernels})
+    print(table.rename_axis("ms per token").to_string(float_format="%.2f"))
     microseconds = 1e3 * overhead["milliseconds"]["ours"] / narrow.layers / kernels["ours"]
-    return {"overhead_ratio": overhead["ratio"], "decode_ratio": arithmetic["ratio"],
-            "kernels_per_layer": kernels["ours"], "kernels": kernels, "microseconds_per_kernel": microseconds,
-            "overhead": overhead, "arithmetic": arithmetic}
+    return {"overhead_ratio": overhead["ratio"],
+            "decode_ratio": arithmetic["ratio"],
+            "kernels_per_layer": kernels["ours"],
+            "kernels": kernels,
+            "microseconds_per_kernel": microseconds,
+            "overhead": overhead,
+            "arithmetic": arithmetic}

@@ -43,7 +43,8 @@ from lab.report import START, Claim, Experiment
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "sft.py": sft, "toy.py": toy}
 DATA = "data"       # the world of --annotations
-STEPS = {"verbs": 100, "edges": 40, "both": 40}     # of GRPO on the made-up worlds, named by the teacher's weakness
+# GRPO steps on the made-up worlds, which are named by the weakness of their teacher
+STEPS = {"verbs": 100, "edges": 40, "both": 40}
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ ARMS = {
     "SFT, answers alone": Arm("--think false", script="sft", think=False)}
 SINGLE = ("TVG + VD", "TVG + AR", "TVG + VC")
 PAIRS = ("TVG + AR, VD", "TVG + VC, AR", "TVG + VC, VD")
-PROBABILITIES = {TVG: 1.0, "p = 0.9": 0.9, ALL: 0.8, "p = 0.6": 0.6, "p = 0.4": 0.4, "p = 0.2": 0.2, "p = 0": 0.0}
+PROBABILITIES = {TVG: 1.0, "p = 0.9": 0.9, ALL: 0.8, "p = 0.6": 0.6, "p = 0.4": 0.4,
+                 "p = 0.2": 0.2, "p = 0": 0.0}
 OTHERS = tuple(arm for arm in PROBABILITIES if arm != ALL)
 
-PREMISE = ("verbs", "edges")        # the paper's premise, wrong verbs; and a world in which verbs are right
+PREMISE = ("verbs", "edges")        # the paper's premise, wrong verbs; and a world with right verbs
 BOTH = ("both",)
 EXPERIMENTS = {
     "table2": Experiment(
@@ -108,7 +110,8 @@ EXPERIMENTS = {
         (START, TVG, *SINGLE, *PAIRS, ALL), TVG, PREMISE),
     "steps": Experiment(
         "At equal TVG steps",
-        "With p = 0.8 a fifth of the steps is not TVG. What if TVG alone takes as many TVG steps, and no other?",
+        "With p = 0.8 a fifth of the steps is not TVG. What if TVG alone takes as many TVG steps, "
+        "and no other?",
         (TVG, TVG_STEPS, ALL), TVG_STEPS, PREMISE),
     "figure1": Experiment(
         "Figure 1, right: action understanding",
@@ -130,7 +133,8 @@ EXPERIMENTS = {
         (ALL, "answers alone"), ALL, BOTH),
     "sft": Experiment(
         "Reinforcement or imitation",
-        "Does SFT on demonstrations made from the same annotations, as many steps of as many completions, do as well?",
+        "Does SFT on demonstrations made from the same annotations, as many steps of as many "
+        "completions, do as well?",
         (START, ALL, "SFT, right narration", "SFT, answers alone"), ALL, BOTH),
     "loss": Experiment(
         "The loss's open choices",
@@ -163,12 +167,14 @@ CLAIMS = [
           (TVG,), ("p = 0.4", "p = 0.2"), PREMISE),
     Claim("Figure 5", "the inversion tasks alone are worst",
           (TVG, ALL, "p = 0.9", "p = 0.6", "p = 0.4", "p = 0.2"), ("p = 0",), PREMISE),
-    Claim("Table 3", "binary rewards are better than cosine rewards", (ALL,), ("cosine rewards",), BOTH),
+    Claim("Table 3", "binary rewards are better than cosine rewards",
+          (ALL,), ("cosine rewards",), BOTH),
     Claim("Figure 6", "Invert-SFT costs the start a little mIoU",
           ("start without Invert-SFT",), (START,), BOTH, ("mIoU",)),
     Claim("Figure 6", "after training, Invert-SFT makes no difference",
           (ALL,), ("without Invert-SFT",), BOTH, ("mIoU",), same=True),
-    Claim("ours", "thoughts ground better than answers alone", (ALL,), ("answers alone",), BOTH, ("mIoU",)),
+    Claim("ours", "thoughts ground better than answers alone",
+          (ALL,), ("answers alone",), BOTH, ("mIoU",)),
     Claim("ours", "reinforcement grounds better than imitating right narrations",
           (ALL,), ("SFT, right narration",), BOTH, ("mIoU",)),
     Claim("ours", "reinforcement grounds better than imitating answers",
@@ -178,13 +184,15 @@ CLAIMS = [
 @dataclass(kw_only=True)
 class Config:
     """experiments"""
-    experiments: list[str] = flag([], "which ones, all without any; also as plain words before the flags: "
-                                      + ", ".join(EXPERIMENTS))
+    experiments: list[str] = flag([], "which ones, all without any; also as plain words before the "
+                                      "flags: " + ", ".join(EXPERIMENTS))
     output: str = flag("runs/experiments", "folder for runs, results.csv, RESULTS.md and pictures")
-    worlds: list[str] = flag([], "of those that each experiment has, all without any: " + ", ".join(STEPS))
+    worlds: list[str] = flag([], "of those that each experiment has, all without any: "
+                                 + ", ".join(STEPS))
     seeds: int = flag(5, "how many: 0, 1, ...; an interval needs two, a useful one five")
-    jobs: int = flag(0, "runs side by side; 0: one per core on the made-up worlds, one on real data")
-    model: str = flag("", "real data: the model to start from, and with it the next four; empty: the made-up worlds")
+    jobs: int = flag(0, "runs side by side; 0: one per core on made-up worlds, one on real data")
+    model: str = flag("", "real data: the model to start from, and with it the next three; empty: "
+                          "the made-up worlds")
     annotations: str = flag("", "to train on")
     test: str = flag("", "annotations to evaluate on")
     videos: str = flag("", "folder of the videos of both")
@@ -241,7 +249,8 @@ def start_run(config: Config, world: str, seed: int, toy_flags: str) -> Run:
     folder = Path(config.output, world, str(seed), slug(arm))
     run = Run(f"{world} {seed}: {arm}", folder, [], key=(world, seed, arm, toy_flags))
     if config.model:
-        words = flags(model=config.model, annotations=config.test, videos=config.videos, output=folder / "test")
+        words = flags(model=config.model, annotations=config.test, videos=config.videos,
+                      output=folder / "test")
         run.commands = [["evaluate.py", *words, *shlex.split(config.test_flags)]]
     else:
         words = flags(output=folder, seed=seed, weakness=world, steps=0)
@@ -262,39 +271,41 @@ def arm_run(config: Config, start: Run, world: str, seed: int, name: str) -> Run
         own += flags(eval_annotations=setting.test, eval_every=every, eval_samples=100)
     arm_flags = arm.flags
     if "{tvg_steps}" in arm_flags:
-        drawn = [tasks.draw(step, seed, 0.8, list(tasks.INVERSIONS)).name for step in range(setting.steps)]
+        kinds = list(tasks.INVERSIONS)
+        drawn = [tasks.draw(step, seed, 0.8, kinds).name for step in range(setting.steps)]
         arm_flags = arm_flags.format(tvg_steps=drawn.count("TVG"))
     own += shlex.split(arm_flags)
     test = flags(model=trained / "model", annotations=setting.test, output=folder / "test")
     test += setting.shared_flags + setting.test_flags
+    commands = [[f"{arm.script}.py", *own, "--resume"], ["evaluate.py", *test]]
     all_flags = f"{config.train_flags} {arm.flags}".strip()
-    return Run(f"{world} {seed}: {name}", folder, [[f"{arm.script}.py", *own, "--resume"], ["evaluate.py", *test]],
-               start, key=(world, seed, name, all_flags))
+    return Run(f"{world} {seed}: {name}", folder, commands, start,
+               key=(world, seed, name, all_flags))
 
 
 def data_setting(config: Config) -> Setting:
     train_flags = shlex.split(config.train_flags)
     required = ["--model=", "--annotations=", "--videos=", "--output="]
     steps = parse(["train.py", *required, *train_flags]).steps
-    return Setting(config.model, config.annotations, config.test, flags(videos=config.videos), train_flags,
-                   shlex.split(config.test_flags), steps)
+    return Setting(config.model, config.annotations, config.test, flags(videos=config.videos),
+                   train_flags, shlex.split(config.test_flags), steps)
 
 
 def toy_setting(world_folder: Path, world: str, arm: Arm) -> Setting:
     steps, longest = STEPS[world], toy.MAX_TOKENS[arm.think]
     train_flags = flags(steps=steps, save_every=50)
     if arm.script == "sft":     # the same number of completions per step
-        train_flags += flags(demonstrations=world_folder / "right.jsonl", batch_size=128, micro_batch_size=16,
-                             learning_rate=1e-3)
+        train_flags += flags(demonstrations=world_folder / "right.jsonl", batch_size=128,
+                             micro_batch_size=16, learning_rate=1e-3)
     else:
-        train_flags += flags(max_tokens=longest, learning_rate=toy.Config.learning_rate, beta=toy.Config.beta,
-                             prompts_per_step=toy.Config.prompts_per_step)
+        train_flags += flags(max_tokens=longest, learning_rate=toy.Config.learning_rate,
+                             beta=toy.Config.beta, prompts_per_step=toy.Config.prompts_per_step)
     test_flags = flags(batch_size=256, max_tokens=longest)
     if not arm.think:
         test_flags += flags(think="false")
     shared = flags(videos=world_folder / "videos", cache=world_folder / "cache", workers=1)
-    return Setting(world_folder / "sft" / "model", world_folder / "train.txt", world_folder / "test.txt", shared, train_flags,
-                   test_flags, steps)
+    return Setting(world_folder / "sft" / "model", world_folder / "train.txt",
+                   world_folder / "test.txt", shared, train_flags, test_flags, steps)
 
 
 def slug(name: str) -> str:
@@ -327,11 +338,12 @@ def collect(run: Run) -> dict:
     scores = json.loads((run.folder / run.answers / "scores.json").read_text())
     steps = read_lines(run.folder / "train" / "metrics.jsonl")
     evaluations = read_lines(run.folder / "train" / "evaluations.jsonl")
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout
     row = dict(zip(report.KEY, run.key))
     row["steps"] = len(steps)
     row["seconds"] = round(sum(step["seconds"] for step in steps), 1)
-    row["commit"] = git.stdout.strip()
+    row["commit"] = commit.strip()
     row["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
     row["curve"] = row["confusion"] = ""
     if evaluations:
@@ -359,7 +371,9 @@ def confusion(predictions: list[dict]) -> dict[str, dict[str, int]]:
 
 def run_all(config: Config, runs: list[Run], path: Path) -> list[str]:
     """Do what has no row yet, and give it one. Returns the names of those that failed."""
-    rows = {tuple(row[name] for name in report.KEY): row for row in report.read(path).to_dict("records")}
+    rows = {}
+    for row in report.read(path).to_dict("records"):
+        rows[tuple(row[name] for name in report.KEY)] = row
     names = {run.name for run in runs if run.key not in rows}
     for run in runs:    # a start that has a row may be gone from the disk, or in another folder
         start = run.needs
@@ -403,15 +417,15 @@ def parse(command: list[str]) -> object:
 
 def cost(config: Config, training: train.Config) -> str:
     """Memory and hours of a training run, estimated by lab.plan. Raises ValueError where it cannot tell."""
-    shared = {field.name for field in fields(plan.Config)} & {field.name for field in fields(train.Config)}
-    values = {name: getattr(training, name) for name in shared}
+    known = {field.name for field in fields(plan.Config)}
+    values = {name: value for name, value in vars(training).items() if name in known}
     gpus = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", config.launch)        # as torchrun is told
     values["gpus"] = int(gpus[1]) if gpus else 1
     values["samples"] = training.steps * training.prompts_per_step
     estimated = plan.estimate(plan.Config(**values))
     fits = "fits" if estimated.peak <= estimated.room else "DOES NOT FIT"
-    return (f"estimated, not measured: {estimated.peak / 1e9:.2f} GB per GPU ({fits} into {plan.Config.gpu_memory:g} "
-            f"GB), {estimated.hours:.0f} hours")
+    return (f"estimated, not measured: {estimated.peak / 1e9:.2f} GB per GPU ({fits} into "
+            f"{plan.Config.gpu_memory:g} GB), {estimated.hours:.0f} hours")
 
 
 def draw_cases(runs: list[Run], world: str, path: Path) -> None:
@@ -435,12 +449,13 @@ def draw_cases(runs: list[Run], world: str, path: Path) -> None:
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
     check_numbers(config, "seeds")
-    for kind, values, known in (("experiment", config.experiments, EXPERIMENTS), ("world", config.worlds, STEPS)):
-        unknown = [value for value in values if value not in known]
+    known = {"experiments": EXPERIMENTS, "worlds": STEPS}
+    for name, names in known.items():
+        unknown = [value for value in getattr(config, name) if value not in names]
         if unknown:
-            raise ValueError(f"{' '.join(unknown)}: no such {kind}; choose from {', '.join(known)}")
-    needed = {"model": config.model, "annotations": config.annotations, "test": config.test, "videos": config.videos}
-    missing = [name for name, value in needed.items() if not value]
+            raise ValueError(f"--{name} {' '.join(unknown)}: choose from {', '.join(names)}")
+    needed = ("model", "annotations", "test", "videos")
+    missing = [name for name in needed if not getattr(config, name)]
     if missing and len(missing) < len(needed):
         raise ValueError("real data needs --model, --annotations, --test and --videos; there is no "
                          f"--{missing[0]}")

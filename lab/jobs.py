@@ -64,14 +64,16 @@ def run(jobs: list[Job], parallel: int, threads: int, finish: Callable[[Job], st
                 job, following = running.pop(process)
                 if process.returncode:
                     failed.append(job.name)
-                    logs.say(f"{job.name}: FAILED with exit code {process.returncode}: {last_line(job.log)}")
+                    code = process.returncode
+                    logs.say(f"{job.name}: FAILED with exit code {code}: {last_line(job.log)}")
                 elif following:
                     running[start(job, following[0], environment)] = job, following[1:]
                 else:
                     done += 1
-                    left = (time.monotonic() - began) / done * (len(waiting) + len(running)) / 60
-                    logs.say(f"{done}/{len(jobs)} {job.name}: {finish(job)}, {time.monotonic() - job.began:.0f} s; "
-                             f"about {left:.0f} minutes left")
+                    now = time.monotonic()
+                    left = (now - began) / done * (len(waiting) + len(running)) / 60
+                    logs.say(f"{done}/{len(jobs)} {job.name}: {finish(job)}, "
+                             f"{now - job.began:.0f} s; about {left:.0f} minutes left")
     return failed
 
 
@@ -81,7 +83,8 @@ def start(job: Job, command: list[str], environment: dict[str, str]) -> subproce
     with open(job.log, "a", encoding="utf-8") as log:
         log.write(shlex.join(command) + "\n")
         log.flush()
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment,
+                                start_new_session=True)
 
 
 def end(processes: Iterable[subprocess.Popen]) -> None:

@@ -37,21 +37,25 @@ PUBLISHED = {
         text_config=dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28,
                          num_hidden_layers=28, num_key_value_heads=4, vocab_size=152064),
         vision_config=VISION | dict(out_hidden_size=3584), tie_word_embeddings=False)}
-LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take; a guess
-TFLOPS = 60.0           # TFLOP/s that a GPU reaches, about a fifth of an A100's peak; an assumption
-BANDWIDTH = 1e12        # bytes per second at which decoding reads weights, half to two thirds of what such GPUs have
-KERNELS = 27            # launched per layer and token, as bench.py --decode counts
-LAUNCH = 4e-6           # seconds that each takes at least, as bench.py --decode measures with very narrow layers
+# Assumed, not measured:
+LIBRARIES = 1.5e9       # bytes of a GPU that CUDA, its libraries and the gaps between tensors take
+TFLOPS = 60.0           # TFLOP/s that a GPU reaches, about a fifth of an A100's peak
+BANDWIDTH = 1e12        # bytes of weights that decoding reads per second; an A100 has 1.6e12 to 2e12
+# Measured on a CPU by bench.py --decode:
+KERNELS = 27            # launched per layer and token
+LAUNCH = 4e-6           # seconds that each takes at least
+
 LARGEST_GROUP = 256     # larger groups are not tried
 
 
 @dataclass(kw_only=True)
 class Config(AnswerFlags):
     """what is estimated; flags that train.py has, too, have its defaults"""
-    model: str = flag(MISSING, "folder of a Qwen2.5-VL or its name on the hub; only its config.json is read")
+    model: str = flag(MISSING, "folder of a Qwen2.5-VL or its name on the hub; only its "
+                               "config.json is read")
     gpus: int = flag(8, "GPUs per node; with more nodes, each holds the same")
     gpu_memory: float = flag(80.0, "GB of each")
-    tflops: float = flag(TFLOPS, "TFLOP/s that each reaches, about a fifth of an A100's peak; an assumption")
+    tflops: float = flag(TFLOPS, "TFLOP/s that each reaches, about a fifth of an A100's peak; assumed")
     group_size: int = flag(8, "G, completions per prompt")
     prompts_per_step: int = flag(4, "prompts in the global batch")
     micro_batch_size: int = flag(0, "prompts sampled and scored at once on a GPU, 0 for all")
@@ -59,8 +63,8 @@ class Config(AnswerFlags):
     beta: float = flag(0.04, "weight of the KL term; 0 needs no reference model")
     num_iterations: int = flag(1, "AdamW steps per rollout")
     freeze_vision: bool = flag(False, "leave the vision tower as it is")
-    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights; 0: train all weights")
-    gradient_checkpointing: bool = flag(False, "keep less for the backward pass and compute it again")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen weights; 0: all weights")
+    gradient_checkpointing: bool = flag(False, "keep less for the backward pass, compute it again")
     samples: int = flag(12404, "of an epoch; those of Charades-STA")
     seconds: float = flag(30.0, "length of a video, of 480 x 360 pixels, as in Charades")
     text_tokens: int = flag(100, "tokens of a prompt beside its video's, about")
@@ -132,6 +136,10 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
     return [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
 
 
+def count_matrices(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in matrices(module))
+
+
 def shape_of(config: Qwen2_5_VLConfig) -> Shape:
     """The Shape of a config; nothing takes memory on the device "meta"."""
     with torch.device("meta"):
@@ -142,19 +150,21 @@ def shape_of(config: Qwen2_5_VLConfig) -> Shape:
     total, in_tower = count(qwen), count(tower)
     root = total - in_tower - count(qwen.model.language_model.layers) - text.hidden_size
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
-    on_patches = sum(weight.numel() for weight in matrices(tower.blocks)) + patch * vision.hidden_size
+    embed_patches = patch * vision.hidden_size
     return Shape(
         text, vision, total, in_tower, root, count(layer),
-        layer_matrices=sum(weight.numel() for weight in matrices(layer)),
+        layer_matrices=count_matrices(layer),
         layer_widths=sum(sum(weight.shape) for weight in matrices(layer)),
-        tower_matrices=on_patches, merger_matrices=sum(weight.numel() for weight in matrices(tower.merger)),
-        keys=text.hidden_size // text.num_attention_heads * text.num_key_value_heads, patch=patch)
+        tower_matrices=count_matrices(tower.blocks) + embed_patches,
+        merger_matrices=count_matrices(tower.merger),
+        keys=text.hidden_size // text.num_attention_heads * text.num_key_value_heads,
+        patch=patch)
 
 
 def windows(shape: Shape, grid: tuple[int, int, int]) -> list[int]:
     """Patches in each of the vision tower's windows of a video of `grid` (t, h, w) patches."""
     merge = shape.vision.spatial_merge_size
-    side = shape.vision.window_size // shape.vision.patch_size // merge     # of a window, in merged tokens
+    side = shape.vision.window_size // shape.vision.patch_size // merge     # in merged tokens
     height, width = grid[1] // merge, grid[2] // merge
     sizes = []
     for top in range(0, height, side):
@@ -195,7 +205,8 @@ def operations(shape: Shape, step: Step) -> dict[str, dict[str, int]]:
     serves for reference and policy, too. The policy is scored once per AdamW step.
     """
     once = forward_operations(shape, step)
-    decoded = forward_operations(shape, replace(step, tokens=step.tokens - 1))  # nothing follows the last token
+    but_last = replace(step, tokens=step.tokens - 1)            # nothing follows the last token
+    decoded = forward_operations(shape, but_last)
     scored = dict(once)
     if step.frozen_tower:
         del scored["vision"]
@@ -249,10 +260,12 @@ def layer_bytes(shape: Shape, step: Step) -> int:
     attention = size * (3 * h + 2 * shape.keys)                 # q, k, v, results
     mlp = size * 4 * shape.text.intermediate_size               # gate, its silu, up, their product
     adapters = 0
-    if step.lora_rank:      # A x of each linear layer; not what norms normalised, since they have no gradient
+    if step.lora_rank:      # A x of each linear layer; not what norms normalised, which learn nothing
         adapters = size * (7 * step.lora_rank - 2 * h)
-    prefixes = 2 * shape.keys * step.group_size * (step.prompt + step.tokens)   # k, v of prompt and completion
-    return n * (both_norms + attention + mlp + adapters) + size * (prefixes + step.completions * h)
+    per_token = both_norms + attention + mlp + adapters
+    # keys and values of prompt and completion side by side
+    prefixes = size * 2 * shape.keys * step.group_size * (step.prompt + step.tokens)
+    return n * per_token + prefixes + size * step.completions * h
 
 
 def tower_bytes(shape: Shape, step: Step) -> tuple[int, int]:
@@ -260,7 +273,8 @@ def tower_bytes(shape: Shape, step: Step) -> tuple[int, int]:
     if step.frozen_tower:
         return 0, 0
     size, vision, d = step.number_bytes, shape.vision, shape.vision.hidden_size
-    block = 2 * d * (4 + 2 * size) + size * (5 * d + 4 * vision.intermediate_size)      # all per patch
+    both_norms = 2 * d * (4 + 2 * size)                         # all per patch
+    block = both_norms + size * (5 * d + 4 * vision.intermediate_size)
     if step.gradient_checkpointing:
         blocks = vision.depth * d * size
     else:
@@ -288,7 +302,7 @@ def activation_bytes(shape: Shape, step: Step) -> tuple[int, int]:
 def memory(shape: Shape, step: Step) -> dict[str, dict[str, float]]:
     """{phase: {component: bytes}} on one GPU. "always" adds to each of the others."""
     if step.lora_rank:
-        root, unit = 0, step.lora_rank * shape.layer_widths     # adapters of one layer are what FSDP gathers as one
+        root, unit = 0, step.lora_rank * shape.layer_widths     # FSDP gathers a layer's adapters
         spread = trained = shape.text.num_hidden_layers * unit
         always = {"frozen weights, bf16": 2 * shape.total, "adapters, fp32": 4 * spread / step.gpus}
     else:
@@ -303,7 +317,8 @@ def memory(shape: Shape, step: Step) -> dict[str, dict[str, float]]:
     if step.reference and not step.lora_rank:
         always["reference, bf16"] = 2 * shape.total / step.gpus
 
-    sampling = {"gathered weights, bf16": 2 * spread, "KV cache": step.prompts * cache_bytes(shape, step)}
+    sampling = {"gathered weights, bf16": 2 * spread,
+                "KV cache": step.prompts * cache_bytes(shape, step)}
     if not step.lora_rank:
         sampling["q, k, v weights joined"] = joined_bytes(shape, step.number_bytes)
     sampling["one layer at work"] = step.prompts * work_bytes(shape, step.prompt)
@@ -337,10 +352,11 @@ def largest_group(estimated: Estimate, gradient_checkpointing: bool) -> str:
 
 def check_flags(config: Config) -> None:
     """Raise ValueError, naming the flag, for a value that cannot work."""
-    flags.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens", "total_pixels",
-                        "samples", "seconds", "num_iterations")
+    flags.check_numbers(config, "gpus", "gpu_memory", "tflops", "prompts_per_step", "max_tokens",
+                        "total_pixels", "samples", "seconds", "num_iterations")
     if config.group_size < 2:
-        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and needs at least 2")
+        raise ValueError(f"--group_size {config.group_size}: a group is compared with itself and "
+                         "needs at least 2")
     lora.check_rank(config.lora_rank)
 
 
@@ -374,8 +390,14 @@ def estimate(config: Config) -> Estimate:
     prompt, grid = usual_prompt(config.seconds, config.total_pixels, config.text_tokens)
     prompts = math.ceil(config.prompts_per_step / config.gpus)
     at_once = min(config.micro_batch_size or prompts, prompts)
-    step = Step(prompt, grid, config.group_size, config.max_tokens, at_once, config.gpus, config.beta > 0,
-                config.freeze_vision, config.lora_rank, config.gradient_checkpointing, config.num_iterations)
+    step = Step(prompt, grid, config.group_size, config.max_tokens,
+                prompts=at_once,
+                gpus=config.gpus,
+                reference=config.beta > 0,
+                freeze_vision=config.freeze_vision,
+                lora_rank=config.lora_rank,
+                gradient_checkpointing=config.gradient_checkpointing,
+                num_iterations=config.num_iterations)
     phases, components = operations(shape, step), memory(shape, step)
     seconds = {}
     for phase, counts in phases.items():
@@ -386,7 +408,8 @@ def estimate(config: Config) -> Estimate:
         seconds["policy"] *= 1 + 1 / (2 if config.lora_rank else 3)
     hours = sum(seconds.values()) * config.samples / config.prompts_per_step / 3600
     room = config.gpu_memory * 1e9 - LIBRARIES
-    return Estimate(shape, step, prompts, components, phases, seconds, peak(components), room, hours)
+    return Estimate(shape, step, prompts, components, phases, seconds, peak(components), room,
+                    hours)
 
 
 def report_memory(config: Config, estimated: Estimate) -> list[str]:
@@ -402,35 +425,39 @@ def report_memory(config: Config, estimated: Estimate) -> list[str]:
     if not config.gradient_checkpointing:
         groups += f", with --gradient_checkpointing {largest_group(estimated, True)}"
     queries = queries_that_fit(estimated.shape, estimated.step, estimated.room)
-    return [*lines, f"{verdict} into {config.gpu_memory:g} GB; the largest group that fits: {groups}",
-            f"evaluate.py has room for --batch_size {queries} of such prompts and completions"]
+    lines.append(f"{verdict} into {config.gpu_memory:g} GB; the largest group that fits: {groups}")
+    lines.append(f"evaluate.py has room for --batch_size {queries} of such prompts and completions")
+    return lines
 
 
 def report(config: Config) -> str:
     """What it is estimated to take to train `config.model`, as text: memory, the largest group, operations, hours."""
     estimated = estimate(config)
     shape, step = estimated.shape, estimated.step
-    weights = f"{shape.total / 1e9:.2f} billion weights, {shape.tower / 1e9:.2f} in the vision tower"
+    t, h, w = step.grid
+    lines = ["estimated from a model's shape; nothing was run",
+             f"{config.model}: {shape.total / 1e9:.2f} billion weights, "
+             f"{shape.tower / 1e9:.2f} in the vision tower"]
     if step.lora_rank:
         learned = shape.text.num_hidden_layers * step.lora_rank * shape.layer_widths
-        weights += f"; {learned / 1e6:.1f} million in adapters of rank {step.lora_rank}, the only ones that learn"
-    t, h, w = step.grid
-    lines = [f"{config.model}: {weights}",
-             f"{step.gpus} GPU(s), {step.prompts} prompt(s) of {step.prompt} tokens at once ({config.seconds:g} s of "
-             f"video, {2 * t} frames of {w * model.PATCH} x {h * model.PATCH}), G = {step.group_size}, up to "
-             f"{step.tokens} tokens per completion"]
+        lines[-1] += (f"; {learned / 1e6:.1f} million in adapters of rank {step.lora_rank}, "
+                      "the only ones that learn")
+    lines.append(f"{step.gpus} GPU(s), {step.prompts} prompt(s) of {step.prompt} tokens at once "
+                 f"({config.seconds:g} s of video, {2 * t} frames of "
+                 f"{w * model.PATCH} x {h * model.PATCH}), "
+                 f"G = {step.group_size}, up to {step.tokens} tokens per completion")
     if config.prompts_per_step % step.gpus:
         lines.append(f"train.py needs a --prompts_per_step that is a multiple of the GPUs, "
                      f"{estimated.prompts * step.gpus} instead of {config.prompts_per_step}")
-    number = sum(sum(counts.values()) for counts in estimated.operations.values()) * config.prompts_per_step
+    number = sum(sum(counts.values()) for counts in estimated.operations.values())
+    tflop = number * config.prompts_per_step / 1e12
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in estimated.seconds.items())
-    lines += ["estimated from these shapes; nothing was run", "",
-              *report_memory(config, estimated), "",
-              f"{number / 1e12:.0f} TFLOP per step, {phases}",
-              f"{estimated.hours:.0f} hours per epoch of {config.samples} samples, at {config.tflops:g} TFLOP/s per "
-              f"GPU, weights read once per token at {BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has "
-              f"at most 312 and 1.6 to 2), and {KERNELS} kernels per layer and token launched in {LAUNCH * 1e6:g} us "
-              "each (measured on a CPU)"]
+    lines += ["", *report_memory(config, estimated), "", f"{tflop:.0f} TFLOP per step, {phases}"]
+    lines.append(f"{estimated.hours:.0f} hours per epoch of {config.samples} samples, at "
+                 f"{config.tflops:g} TFLOP/s per GPU, weights read once per token at "
+                 f"{BANDWIDTH / 1e12:g} TB/s (both assumed, not measured: an A100 has at most 312 "
+                 f"and 1.6 to 2), and {KERNELS} kernels per layer and token launched in "
+                 f"{LAUNCH * 1e6:g} us each (measured on a CPU)")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ notes.md beside results.csv, where there is one, behind them.
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from scipy import stats
 from engine import files, logs, plot
 
 INTRODUCTION = Path(__file__).parent.parent / "results" / "introduction.md"
-MEASURES = ["mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer", "VC", "AR", "VD", "narrated"]
+MEASURES = ["mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "right_event", "same_answer",
+            "VC", "AR", "VD", "narrated"]
 KEY = ["world", "seed", "arm", "flags"]
 COLUMNS = [*KEY, "steps", "seconds", "commit", "machine", *MEASURES, "curve", "confusion"]
-TYPES = {"seed": int, "steps": int, "seconds": float, **dict.fromkeys(MEASURES, float)}     # the others are text
+TYPES = {"seed": int, "steps": int, "seconds": float, **dict.fromkeys(MEASURES, float)}
 SAME = 0.02         # two scores nearer than this count as the same, where a claim is that they are
 START = "start"     # the arm that is not trained
 PANELS = {"mIoU": ["mIoU"], "R1@0.7": ["R1@0.7"], "mean of VC, AR and VD": ["VC", "AR", "VD"]}
@@ -59,11 +60,12 @@ def read(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS]     # all as text
         rows[MEASURES] = rows[MEASURES].replace("", "nan")
         return rows.astype(TYPES)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: is no results.csv of lab.experiments ({error}); mend or remove it") from error
+        raise ValueError(f"{path}: is no results.csv of lab.experiments ({error}); mend or "
+                         "remove it") from error
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -73,7 +75,8 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def runs_of(rows: pd.DataFrame, world: str, arm: str) -> pd.DataFrame:
-    return rows[(rows["world"] == world) & (rows["arm"] == arm)].drop_duplicates("seed", keep="last")
+    chosen = rows[(rows["world"] == world) & (rows["arm"] == arm)]
+    return chosen.drop_duplicates("seed", keep="last")
 
 
 def scores(rows: pd.DataFrame, world: str, arm: str, measure: str) -> pd.Series:
@@ -94,10 +97,12 @@ def interval(values: Iterable[float]) -> tuple[float, float, float]:
 
 def paired(rows: pd.DataFrame, world: str, arm: str, other: str, measure: str) -> pd.Series:
     """The differences arm minus other, by seed, of the seeds that both have."""
-    return (scores(rows, world, arm, measure) - scores(rows, world, other, measure)).dropna()
+    differences = scores(rows, world, arm, measure) - scores(rows, world, other, measure)
+    return differences.dropna()
 
 
-def difference(rows: pd.DataFrame, world: str, arm: str, other: str, measure: str) -> tuple[float, float, float]:
+def difference(rows: pd.DataFrame, world: str, arm: str, other: str,
+               measure: str) -> tuple[float, float, float]:
     """(mean, low, high) of arm minus other over the seeds that both have."""
     return interval(paired(rows, world, arm, other, measure))
 
@@ -106,7 +111,8 @@ def in_words(mean: float, low: float, high: float) -> str:
     """A difference with its interval; NaN: there is none yet."""
     if math.isnan(mean):
         return "-"
-    return f"{mean:+.3f} " + (f"({low:+.3f} to {high:+.3f})" if math.isfinite(low) else "(one seed)")
+    interval = f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "one seed"
+    return f"{mean:+.3f} ({interval})"
 
 
 def judge(claim: Claim, rows: pd.DataFrame, world: str) -> tuple[str, str]:
@@ -157,32 +163,39 @@ def claims_table(claims: list[Claim], rows: pd.DataFrame) -> str:
 
 def scores_table(experiment: Experiment, rows: pd.DataFrame, world: str) -> str:
     """A line per arm: mean scores, the difference to the arm it is measured against, runs and seconds."""
+    against = experiment.against
     runs = {arm: runs_of(rows, world, arm) for arm in experiment.arms}
-    shown = [name for name in MEASURES if any(of_arm[name].notna().any() for of_arm in runs.values())]
+    shown = pd.concat(runs.values())[MEASURES].dropna(axis=1, how="all").columns
     lines = []
     for arm, of_arm in runs.items():
-        gains = ["-", "-"]
-        if arm != experiment.against:
-            gains = [in_words(*difference(rows, world, arm, experiment.against, name)) for name in ("mIoU", "R1@0.7")]
-        means = [f"{of_arm[name].mean():.3f}" for name in shown]
-        lines.append([arm, *means, *gains, str(len(of_arm)), f"{of_arm['seconds'].mean():.0f}"])
-    return table(["arm", *shown, f"mIoU minus {experiment.against}", "R1@0.7 minus it", "seeds", "seconds"], lines)
+        cells = [arm]
+        cells += [f"{mean:.3f}" for mean in of_arm[shown].mean()]
+        for measure in ("mIoU", "R1@0.7"):
+            gain = in_words(*difference(rows, world, arm, against, measure))
+            cells.append("-" if arm == against else gain)
+        cells += [str(len(of_arm)), f"{of_arm['seconds'].mean():.0f}"]
+        lines.append(cells)
+    head = ["arm", *shown, f"mIoU minus {against}", "R1@0.7 minus it", "seeds", "seconds"]
+    return table(head, lines)
 
 
 def draw_differences(experiment: Experiment, rows: pd.DataFrame, world: str, path: Path) -> bool:
     """A point and a 95 % interval for the difference of each trained arm in mIoU, R1@0.7, the mean of VC, AR and VD; a
     dot per seed. False, and nothing drawn, where there is nothing to compare."""
-    trained = set(rows[rows["steps"] > 0]["arm"])   # a start is so far below that the others would look one
+    against = experiment.against
+    trained = set(rows[rows["steps"] > 0]["arm"])   # beside a start the others would look the same
     arms = []
     for arm in experiment.arms:
-        if arm in trained - {experiment.against} and len(paired(rows, world, arm, experiment.against, "mIoU")) > 1:
+        seeds = len(paired(rows, world, arm, against, "mIoU"))
+        if arm in trained and arm != against and seeds > 1:
             arms.append(arm)
     if not arms:
         return False
-    figure, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.42 * len(arms)), sharey=True, layout="constrained")
+    size = 11, 1.4 + 0.42 * len(arms)               # inches
+    figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
     for axis, (title, measures) in zip(axes, PANELS.items()):
         for y, arm in enumerate(arms):
-            columns = [paired(rows, world, arm, experiment.against, name) for name in measures]
+            columns = [paired(rows, world, arm, against, measure) for measure in measures]
             values = pd.concat(columns, axis=1).dropna().mean(axis=1)       # by seed
             mean, low, high = interval(values)
             axis.plot([low, high], [y, y], color=plot.COLOURS["TVG"], linewidth=2)
@@ -193,7 +206,7 @@ def draw_differences(experiment: Experiment, rows: pd.DataFrame, world: str, pat
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.25)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.supxlabel(f"difference to {experiment.against}", fontsize="medium")
+    figure.supxlabel(f"difference to {against}", fontsize="medium")
     plot.save(figure, path)
     return True
 
@@ -204,19 +217,22 @@ def draw_band(axis: plt.Axes, values: pd.DataFrame, style: str, colour: str, **o
     axis.plot(values.columns, values.mean(), style, color=colour, **options)
 
 
-def draw_by_probability(arms: dict[str, float], rows: pd.DataFrame, world: str, path: Path) -> None:
+def draw_by_probability(arms: dict[str, float], rows: pd.DataFrame, world: str, path: Path) -> bool:
     """Figure 5: scores over 1 - p."""
     panels = {"held-out queries, greedy": ["R1@0.3", "R1@0.5", "R1@0.7"],
               "held-out segments, greedy": ["VC", "AR", "VD"]}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, (title, measures) in zip(axes, panels.items()):
         for measure, colour in zip(measures, ("TVG", "VC", "AR")):
-            values = pd.DataFrame({1 - p: scores(rows, world, arm, measure) for arm, p in arms.items()})
-            draw_band(axis, values.sort_index(axis=1), "o-", plot.COLOURS[colour], label=measure, markersize=4)
-        axis.set(title=title, xlabel="probability of an inversion task, 1 - p", ylabel="share", ylim=(0, 1.03))
+            columns = {1 - p: scores(rows, world, arm, measure) for arm, p in arms.items()}
+            values = pd.DataFrame(columns).sort_index(axis=1)           # (seeds, arms)
+            draw_band(axis, values, "o-", plot.COLOURS[colour], label=measure, markersize=4)
+        axis.set(title=title, xlabel="probability of an inversion task, 1 - p", ylabel="share")
+        axis.set_ylim(0, 1.03)
         axis.legend(frameon=False)
         axis.grid(alpha=0.25)
     plot.save(figure, path)
+    return True
 
 
 def draw_over_steps(arms: Iterable[str], rows: pd.DataFrame, world: str, path: Path) -> bool:
@@ -224,10 +240,11 @@ def draw_over_steps(arms: Iterable[str], rows: pd.DataFrame, world: str, path: P
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for arm, colour, style in zip(arms, plot.COLOURS.values(), ("-", "--", ":", "-.")):
         curves = runs_of(rows, world, arm)["curve"]
-        curves = [dict(json.loads(curve)) for curve in curves if curve]         # {step: mIoU} of each run
-        values = pd.DataFrame(curves).dropna(axis=1).sort_index(axis=1)         # (runs, steps that all have)
+        curves = [dict(json.loads(curve)) for curve in curves if curve]     # {step: mIoU} of a run
+        values = pd.DataFrame(curves).dropna(axis=1).sort_index(axis=1)     # (runs, common steps)
         if values.size:
-            draw_band(axis, values, style, colour, label=f"{arm} ({len(curves)} runs)", linewidth=2)
+            label = f"{arm} ({len(curves)} runs)"
+            draw_band(axis, values, style, colour, label=label, linewidth=2)
     if not axis.lines:
         plt.close(figure)
         return False
@@ -255,76 +272,84 @@ def draw_confusions(arms: Iterable[str], rows: pd.DataFrame, world: str, path: P
     panels = {arm: shares for arm, shares in panels.items() if shares.size}
     if not panels:
         return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False, layout="constrained")
+    size = 4.6 * len(panels), 4.2                   # inches
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (arm, shares) in zip(axes[0], panels.items()):
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for i, j in np.argwhere(shares.to_numpy() >= 0.005):
             share = shares.iat[i, j]
             text = f"{share:.2f}"[1:] if share < 0.995 else "1"
-            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
-        axis.set(title=arm, xlabel="verb answered", ylabel="verb shown", yticks=range(len(shares)),
-                 yticklabels=shares.index)
+            colour = "white" if share > 0.6 else "black"
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color=colour)
+        axis.set(title=arm, xlabel="verb answered", ylabel="verb shown")
+        axis.set_yticks(range(len(shares)), shares.index)
         axis.set_xticks(range(shares.shape[1]), shares.columns, rotation=45, ha="right")
     plot.save(figure, path)
     return True
 
 
-def worlds_of(experiment: Experiment, rows: pd.DataFrame, experiments: Iterable[Experiment]) -> list[str]:
+def worlds_of(experiment: Experiment, rows: pd.DataFrame,
+              experiments: Iterable[Experiment]) -> list[str]:
     """The worlds with trained runs of an experiment: its own first, then those that no experiment names."""
     named = {world for each in experiments for world in each.worlds}
-    trained = set(rows[rows["arm"].isin(experiment.arms) & (rows["steps"] > 0)]["world"])
-    return [world for world in experiment.worlds if world in trained] + sorted(trained - named)
+    trained = rows[rows["arm"].isin(experiment.arms) & (rows["steps"] > 0)]
+    there = set(trained["world"])
+    return [world for world in experiment.worlds if world in there] + sorted(there - named)
 
 
-def section(name: str, experiment: Experiment, world: str, title: str, rows: pd.DataFrame, output: Path,
-            probabilities: dict[str, float], watched: list[str]) -> list[str]:
+def section(name: str, experiment: Experiment, world: str, title: str, rows: pd.DataFrame,
+            output: Path, probabilities: dict[str, float], watched: list[str]) -> list[str]:
     """The paragraphs of an experiment on a world; draws its pictures."""
     lacking = [arm for arm in experiment.arms if scores(rows, world, arm, "mIoU").empty]
     if lacking:         # half a comparison would look like a whole one
         return [title, f"Not run yet: {'; '.join(lacking)}."]
-    stem = f"{name}_{world}"
-    pictures = []
-    if draw_differences(experiment, rows, world, output / f"{stem}.png"):
-        pictures.append(stem)
+    paragraphs = [title, experiment.question, scores_table(experiment, rows, world)]
+
+    def picture(ending: str, draw: Callable, what: object) -> None:
+        path = output / f"{name}_{world}{ending}.png"
+        if draw(what, rows, world, path):
+            paragraphs.append(f"![{experiment.title}]({path.name})")
+
+    picture("", draw_differences, experiment)
     if name == "figure5":
-        pictures.append(f"{stem}_p")
-        draw_by_probability(probabilities, rows, world, output / f"{stem}_p.png")
+        picture("_p", draw_by_probability, probabilities)
     if name in ("figure6", "table2"):
-        arms = [arm for arm in experiment.arms if arm in watched]
-        if draw_over_steps(arms, rows, world, output / f"{stem}_steps.png"):
-            pictures.append(f"{stem}_steps")
-    if name == "figure1" and draw_confusions(experiment.arms, rows, world, output / f"{stem}_verbs.png"):
-        pictures.append(f"{stem}_verbs")
-    pictures = [f"![{experiment.title}]({picture}.png)" for picture in pictures]
-    return [title, experiment.question, scores_table(experiment, rows, world), *pictures]
+        picture("_steps", draw_over_steps, [arm for arm in experiment.arms if arm in watched])
+    if name == "figure1":
+        picture("_verbs", draw_confusions, experiment.arms)
+    return paragraphs
 
 
 def counted(rows: pd.DataFrame) -> str:
     """How many runs there are, and where they come from."""
-    trained = rows["steps"] > 0
+    trained = int((rows["steps"] > 0).sum())
     commits, machines = (", ".join(sorted(rows[name].unique())) for name in ("commit", "machine"))
-    return (f"{trained.sum()} runs of {rows['seed'].nunique()} seeds and {(~trained).sum()} warm starts, "
-            f"{rows['seconds'].sum() / 3600:.1f} hours of training one after the other, on {machines};\ncode at "
+    hours = rows["seconds"].sum() / 3600
+    return (f"{trained} runs of {rows['seed'].nunique()} seeds and {len(rows) - trained} warm "
+            f"starts, {hours:.1f} hours of training one after the other, on {machines};\ncode at "
             f"{commits}. Written by `python -m lab.experiments --report` from results.csv.")
 
 
-def write_report(output: Path, rows: pd.DataFrame, experiments: dict[str, Experiment], claims: list[Claim],
-                 probabilities: dict[str, float], watched: list[str]) -> None:
+def write_report(output: Path, rows: pd.DataFrame, experiments: dict[str, Experiment],
+                 claims: list[Claim], probabilities: dict[str, float], watched: list[str]) -> None:
     """Write RESULTS.md and its pictures. `probabilities` are the arms of Figure 5 with their p, `watched` the arms that
     were evaluated while they trained."""
-    paragraphs = ["# Results", counted(rows), files.read_text(INTRODUCTION).strip(), "## The claims",
-                  claims_table(claims, rows)]
+    introduction = files.read_text(INTRODUCTION).strip()
+    paragraphs = ["# Results", counted(rows), introduction,
+                  "## The claims", claims_table(claims, rows)]
     for name, experiment in experiments.items():
         worlds = worlds_of(experiment, rows, experiments.values())
         for world in worlds:
             title = f"## {experiment.title}"
             if len(worlds) > 1:
                 title += f", on `{world}`"
-            paragraphs += section(name, experiment, world, title, rows, output, probabilities, watched)
+            paragraphs += section(name, experiment, world, title, rows, output, probabilities,
+                                  watched)
     cases = sorted(output.glob("cases_*.png"))
     if cases:
-        paragraphs += ["## Cases", "Of seed 0: the two queries that gained most by the inversion tasks, two in the "
-                       "middle, the two that lost most; beneath each, what was said."]
+        paragraphs += ["## Cases",
+                       "Of seed 0: the two queries that gained most by the inversion tasks, two in "
+                       "the middle, the two that lost most; beneath each, what was said."]
         paragraphs += [f"![cases]({path.name})" for path in cases]
     if (output / "notes.md").exists():
         paragraphs.append(files.read_text(output / "notes.md").strip())

@@ -36,7 +36,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 class Sizes:
     """how large the model, its prompts and completions are"""
     grids: int = flag(50, "pairs of frames of the video, one per second")
-    side: int = flag(168, "pixels, a multiple of 28, of its square frames; 168 make 36 tokens per grid")
+    side: int = flag(168, "pixels, a multiple of 28, of its square frames; 168: 36 tokens per grid")
     text: int = flag(80, "tokens of the prompt beside the video's")
     prompts: int = flag(1, "B, prompts at once")
     group_size: int = flag(8, "G, completions per prompt")
@@ -46,7 +46,8 @@ class Sizes:
     vocabulary: int = flag(8192, "number of tokens")
     vision_hidden: int = flag(256, "width of the vision tower")
     vision_depth: int = flag(8, "its depth; every fourth block attends to whole frames")
-    model: str = flag("", "folder whose config.json gives the model's shape instead; with --evaluate, the model itself")
+    model: str = flag("", "folder whose config.json gives the model's shape instead; with "
+                          "--evaluate, the model itself")
     seed: int = flag(0, "of weights, video, text and completions")
 
 
@@ -54,16 +55,25 @@ def shape(sizes: Sizes) -> Qwen2_5_VLConfig:
     """The model's configuration: that of `sizes.model`, or Qwen2.5-VL-3B's in the other sizes."""
     if sizes.model:
         return Qwen2_5_VLConfig.from_pretrained(sizes.model)
-    head = 128 if sizes.hidden % 128 == 0 else 16       # the published models' width of a head, or a narrow one
+    head = 128 if sizes.hidden % 128 == 0 else 16       # 128 as in the published models
     heads = sizes.hidden // head
     sections = [head // 8, head * 3 // 16, head * 3 // 16]
-    text = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
-                intermediate_size=sizes.hidden * 43 // 8, num_attention_heads=heads,
-                num_key_value_heads=min(2, heads), bos_token_id=None, eos_token_id=None,
+    text = dict(vocab_size=sizes.vocabulary,
+                hidden_size=sizes.hidden,
+                intermediate_size=sizes.hidden * 43 // 8,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=heads,
+                num_key_value_heads=min(2, heads),
+                bos_token_id=None,
+                eos_token_id=None,
                 max_position_embeddings=32768,
                 rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections))
-    vision = dict(depth=sizes.vision_depth, hidden_size=sizes.vision_hidden, num_heads=4, tokens_per_second=2,
-                  intermediate_size=sizes.vision_hidden * 171 // 64, out_hidden_size=sizes.hidden,
+    vision = dict(depth=sizes.vision_depth,
+                  hidden_size=sizes.vision_hidden,
+                  intermediate_size=sizes.vision_hidden * 171 // 64,
+                  num_heads=4,
+                  out_hidden_size=sizes.hidden,
+                  tokens_per_second=2,
                   fullatt_block_indexes=list(range(3, sizes.vision_depth, 4)))
     return Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True,
@@ -78,8 +88,10 @@ def build(sizes: Sizes) -> model.Policy:
     for module in qwen.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    nn.init.normal_(qwen.get_input_embeddings().weight, std=qwen.config.text_config.hidden_size ** -0.5)
-    return model.Policy(qwen.to(DEVICE, DTYPE), [qwen.config.image_token_id, qwen.config.video_token_id])
+    embeddings = qwen.get_input_embeddings().weight                                 # (V, H)
+    nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)
+    forbidden = [qwen.config.image_token_id, qwen.config.video_token_id]
+    return model.Policy(qwen.to(DEVICE, DTYPE), forbidden)
 
 
 def wait() -> None:
@@ -107,15 +119,17 @@ def film(sizes: Sizes, path: str) -> None:
         stream.width = stream.height = sizes.side
         stream.pix_fmt = "yuv420p"
         for i in range(8 * sizes.grids):
-            frame = np.roll(noise, i, axis=1).repeat(7, 0).repeat(7, 1)             # (side, side, 3)
+            frame = np.roll(noise, i, axis=1).repeat(7, 0).repeat(7, 1)     # (side, side, 3)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
 
 
-def make_prompts(sizes: Sizes, qwen: Qwen2_5_VLConfig, seconds: dict | None = None) -> list[model.Prompt]:
+def make_prompts(sizes: Sizes, qwen: Qwen2_5_VLConfig,
+                 seconds: dict | None = None) -> list[model.Prompt]:
     """B prompts of random text and the video, decoded and cut for each. Where `seconds` is given, it gets how long that
     took, under "data"."""
     generator = torch.Generator().manual_seed(sizes.seed)
+    pad, vocabulary = qwen.video_token_id, qwen.text_config.vocab_size
     prompts = []
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/video.mp4"
@@ -124,10 +138,10 @@ def make_prompts(sizes: Sizes, qwen: Qwen2_5_VLConfig, seconds: dict | None = No
             for _ in range(sizes.prompts):
                 clip = video.load(path, total_pixels=2 * sizes.grids * sizes.side ** 2)
                 patches, grid = model.cut_patches(clip.frames)
-                text = torch.randint(qwen.text_config.vocab_size // 2, (sizes.text,), generator=generator)
-                pads = torch.full((len(patches) // model.MERGE ** 2,), qwen.video_token_id)
+                text = torch.randint(vocabulary // 2, (sizes.text,), generator=generator)
+                pads = torch.full((len(patches) // model.MERGE ** 2,), pad)
                 input_ids = torch.cat([text[:-5], pads, text[-5:]])                 # (P,)
-                position_ids = model.place(input_ids, qwen.video_token_id, grid, 2 / clip.fps,
+                position_ids = model.place(input_ids, pad, grid, 2 / clip.fps,
                                            qwen.vision_config.tokens_per_second)
                 prompts.append(model.Prompt(input_ids, position_ids, patches, grid))
     return prompts
@@ -156,6 +170,16 @@ def shared_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size
 
 
 @torch.no_grad()
+def generate(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
+             stop_ids: list[int]) -> Tensor:
+    """transformers' `generate`, greedy: prompts and completions (B * G, P + at most `tokens`)."""
+    inputs = repeat(prompts, group_size)
+    return policy.qwen.generate(
+        **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=tokens,
+        do_sample=False, eos_token_id=stop_ids, pad_token_id=0, suppress_tokens=policy.forbidden)
+
+
+@torch.no_grad()
 def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_size: int, tokens: int,
                      generators: list[torch.Generator] | None) -> Tensor:
     """Completions (B, G, tokens) by repeated prompts; they are drawn from torch's own generator."""
@@ -164,8 +188,9 @@ def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_si
     last = inputs["position_ids"].amax((0, 2))                                      # (B * G,)
     completions = []
     for c in range(tokens):
-        logits = policy.qwen(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        logits[:, policy.forbidden] = -torch.inf                                    # (B * G, V)
+        output = policy.qwen(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1].float()                                       # (B * G, V)
+        logits[:, policy.forbidden] = -torch.inf
         token = torch.multinomial(logits.softmax(-1), 1)                            # (B * G, 1)
         completions.append(token)
         position = last + 1 + c
@@ -173,15 +198,18 @@ def repeated_rollout(policy: model.Policy, prompts: list[model.Prompt], group_si
     return torch.cat(completions, dim=1).view(len(prompts), group_size, tokens)
 
 
-def repeated_logprobs(policy: model.Policy, prompts: list[model.Prompt], completions: Tensor, mask: Tensor) -> Tensor:
+def repeated_logprobs(policy: model.Policy, prompts: list[model.Prompt], completions: Tensor,
+                      mask: Tensor) -> Tensor:
     """Log-probabilities of completions (B, G, C), all of one length, by repeated prompts: logits of whole sequences,
     then log-softmax and gather one row at a time, as in the authors' trainer."""
     _, group_size, tokens = completions.shape
     inputs = repeat(prompts, group_size)
     last = inputs["position_ids"].amax((0, 2))                                      # (B * G,)
     positions = last[:, None] + 1 + torch.arange(tokens, device=DEVICE)             # (B * G, C)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], completions.flatten(0, 1).to(DEVICE)], dim=1)
-    inputs["position_ids"] = torch.cat([inputs["position_ids"], positions.expand(3, -1, -1)], dim=2)
+    rows = completions.flatten(0, 1).to(DEVICE)                                     # (B * G, C)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], rows], dim=1)             # (B * G, P + C)
+    positions = positions.expand(3, -1, -1)
+    inputs["position_ids"] = torch.cat([inputs["position_ids"], positions], dim=2)
     logits = policy.qwen(**inputs, use_cache=False).logits                          # (B * G, P + C, V)
     logits[..., policy.forbidden] = -torch.inf
     scores = []

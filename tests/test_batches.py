@@ -4,7 +4,6 @@ import time
 import pytest
 import torch
 
-from engine import batches
 from engine.batches import Batch, Batches, Picked, pick
 from engine.loader import Loader
 from engine.video import VideoError
@@ -144,9 +143,3 @@ def test_a_batch_that_fails_fails_at_its_step_and_the_loader_is_stopped():
         while True:
             used.append(stream.next().task)
     assert used == [0] and loader.stopped
-
-
-def test_ahead_gives_items_in_order():
-    with batches.ThreadPoolExecutor(1) as background:
-        assert list(batches.ahead(len, ["a", "bb", ""], background)) == [("a", 1), ("bb", 2), ("", 0)]
-        assert list(batches.ahead(len, [], background)) == []

@@ -88,8 +88,8 @@ def test_every_claim_rests_on_runs_of_its_worlds(runs):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(experiments=["table7"]), "table7: no such experiment; choose from table2, "),
-    (dict(worlds=["mars"]), "mars: no such world; choose from verbs, edges, both"),
+    (dict(experiments=["table7"]), "--experiments table7: choose from table2, "),
+    (dict(worlds=["mars"]), "--worlds mars: choose from verbs, edges, both"),
     (dict(model="m"), "real data needs --model, --annotations, --test and --videos; there is no --annotations"),
     (dict(seeds=0), "--seeds 0: give a number above 0"),
     (dict(model="m", annotations="a", test="b", videos="v", train_flags="--stpes 3"), "--stpes"),
@@ -136,7 +136,8 @@ def test_dry_estimates_real_data(folder, warm, tmp_path, capsys, monkeypatch):
 @pytest.mark.processes
 def test_runs_on_data_once(folder, warm, tmp_path, capsys):
     """The whole way, with real processes: start, training, evaluation, rows, report. The first time `python` stands for
-    a program that fails whenever it is to train with p = 1: that run alone is done the second time, and none the third."""
+    a program that fails whenever it is to train with p = 1: that run alone is done the second time, and none the third.
+    """
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\ncase \"$*\" in *tvg_prob\\ 1*) echo no luck; exit 3;; esac\n"
                        f"exec {sys.executable} \"$@\"\n")
@@ -170,7 +171,8 @@ def test_a_row_tells_what_its_world_and_thoughts_were(tmp_path, monkeypatch):
     (run.folder / "test" / "scores.json").write_text('{"mIoU": 0.1234567, "other": 2}')
     predictions = []
     for task, verb in (("AR", "rising"), ("AR", "falling"), ("AR", "falling"), ("AR", "a lot"), ("VD", "rising")):
-        predictions.append({"task": task, "query": "the red circle is rising.", "completion": f"<answer>{verb}</answer>"})
+        completion = f"<answer>{verb}</answer>"
+        predictions.append({"task": task, "query": "the red circle is rising.", "completion": completion})
     (run.folder / "test" / "predictions.jsonl").write_text("\n".join(map(json.dumps, predictions)))
     asked = []
     monkeypatch.setattr(toy, "write_world", lambda *arguments: asked.append(arguments))

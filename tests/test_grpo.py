@@ -131,10 +131,10 @@ def test_sampling_depends_on_the_prompts_own_generator_only(policy, prompts):
 def test_micro_batches_sample_what_one_batch_samples(policy):
     """In three parts of different lengths; `split` gives each part back, as long as its own longest completion."""
     prompts = random_prompts(5)
-    free = grpo.sample(policy, prompts, 2, 9, [], seeded(5))
+    free = grpo.sample(policy, prompts, 2, 9, [], seeded(5), 0.7)
     stops = [*free.completions[:2, :, 1].flatten().tolist(), *free.completions[2, :, 4].tolist()]
-    whole = grpo.sample(policy, prompts, 2, 9, stops, seeded(5))
-    joined = grpo.rollout(policy, prompts, 2, seeded(5), stops, 9, micro_batch_size=2)
+    whole = grpo.sample(policy, prompts, 2, 9, stops, seeded(5), 0.7)
+    joined = grpo.rollout(policy, prompts, 2, seeded(5), stops, 9, 0.7, micro_batch_size=2)
     assert joined.prompts == prompts
     assert torch.equal(joined.completions, whole.completions)
     assert torch.equal(joined.mask, whole.mask)

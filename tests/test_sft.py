@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: it learns, on one process and on two, it goes on where it was, and its demonstrations. One run
-of it is computed a second time in tests/test_wiring.py."""
+"""Supervised fine-tuning: it learns, on one process and on two, it goes on where it was, and its demonstrations. One
+run of it is computed a second time in tests/test_wiring.py."""
 import json
 import shutil
 from dataclasses import replace
