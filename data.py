@@ -237,7 +237,7 @@ def name_by_key(entries: list[Entry], **names: str) -> str | None:
 
 
 def read_entry(name: str, entry: Entry) -> list[Sample | Rejected]:
-    """Yields what an entry of the named format becomes: Samples and Rejected ones, at least one."""
+    """What an entry of the named format becomes: Samples and Rejected, at least one of them."""
     reader, form = FORMATS[name]
     try:
         if isinstance(entry.content, Object) and len(entry.content.pairs) > len(entry.content):

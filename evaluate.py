@@ -233,7 +233,7 @@ def input_files(config: Config) -> dict[str, list[int]]:
 
 def answer_and_write(config: Config, batches: list[Batch], is_new: bool) -> list[dict]:
     """The predictions of this process's batches, which it also appends to its file, batch by batch. Every process has
-    to call this function, also one that has no batches. A new evaluation first clears --output of answers of another model."""
+    to call this function, also one that has no batches. A new evaluation first deletes answers of another model."""
     rank, _, device = distributed.start_process()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     policy, encoder = model.load(config.model, device, dtype)

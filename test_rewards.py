@@ -225,7 +225,8 @@ VERBS = {       # base forms of a sentence
     "a person is undressing.": "undress",                  # the next seven: the tagger finds no verb
     "a person is awakening in bed.": "awaken", "person open door.": "open", "a person dresses.": "dress",
     "the person undressed.": "undress", "a person is in the kitchen washing dishes.": "wash",
-    "the green square spins": "spin",                      # and takes "square" for one before "spins"
+    "one person under a blanket awakens.": "awaken",       # and takes "blanket" for one before "awakens"
+    "the green square spins": "spin",
     "a man is riding a horse": "ride", "a man rides a horse": "ride", "a man rode a horse": "ride",
     "the sun shines": "shine", "she is putting it down": "put", "a girl is singing": "sing",
     "a person is in the kitchen.": "", "a dress.": "", "the open door": "", "the kitchen, a phone": "", "a person": "",

@@ -193,6 +193,26 @@ def assert_same(one: dict, other: dict) -> None:
         assert torch.equal(one[name], other[name]) if torch.is_tensor(one[name]) else one[name] == other[name], name
 
 
+def figures(output, steps=None) -> tuple[list[dict], list[dict]]:
+    """The metrics of a run's first steps, without the clock, and the rows of their samples."""
+    metrics = []
+    for row in read_rows(Path(output, "metrics.jsonl"))[:steps]:
+        metrics.append({name: row[name] for name in row if name not in CLOCK})
+    rows = read_rows(Path(output, "samples.jsonl"))
+    return metrics, [row for row in rows if row["step"] < len(metrics)]
+
+
+def assert_close_figures(one, other, rel, steps=None) -> None:
+    """Assert that two runs have sampled the same, and have about the same metrics."""
+    (metrics, samples), (others, other_samples) = figures(one, steps), figures(other, steps)
+    assert [row["completion"] for row in samples] == [row["completion"] for row in other_samples]
+    assert sum(row["grad_norm"] > 0 for row in metrics) > 1         # else they compare the start
+    for ours, theirs in zip(metrics, others, strict=True):
+        assert ours.keys() == theirs.keys() and ours["task"] == theirs["task"]
+        for name in ours.keys() - {"task", "part", "mismatch"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), name
+
+
 def assert_same_change(before, one, other):
     """Assert that two runs changed the weights `before` alike; Adam enlarges tiny differences."""
     assert one.keys() == other.keys() == before.keys()

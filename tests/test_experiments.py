@@ -136,7 +136,8 @@ def test_dry_estimates_real_data(folder, warm, tmp_path, capsys, monkeypatch):
 @pytest.mark.processes
 def test_runs_on_data_once(folder, warm, tmp_path, capsys):
     """The whole way, with real processes: start, training, evaluation, rows, report. The first time `python` stands for
-    a program that fails whenever it is to train with p = 1: that run alone is done the second time, and none the third."""
+    a program that fails whenever it is to train with p = 1: that run alone is done the second time, and none the third.
+    """
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\ncase \"$*\" in *tvg_prob\\ 1*) echo no luck; exit 3;; esac\n"
                        f"exec {sys.executable} \"$@\"\n")

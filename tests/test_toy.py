@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import read_rows
 
 import data
 import rewards
@@ -25,10 +26,6 @@ def sizes(monkeypatch):
 
     monkeypatch.setattr(toy, "write_world", write_small_world)
     return asked
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("verb", toy.VERBS)

@@ -48,7 +48,7 @@ def test_frame_size_keeps_the_budget_and_never_enlarges():
 
 @pytest.mark.parametrize("start, end, first, stop", [
     (2.1, 4.2, 4, 8),                       # nearest frames
-    (2.0, 4.4, 4, 10),                      # 9 would be odd: one more
+    (2.0, 4.4, 4, 10), (2.3, 4.0, 5, 9),    # odd: one more
     (8.5, 10.0, 16, 20),                    # odd at the end: one more before
     (-3, 99, 0, 20),                        # the whole clip
     (3.0, 3.1, 6, 8), (10.0, 10.0, 18, 20),         # at least one pair
@@ -128,8 +128,9 @@ def test_narrow_and_odd_widths(tmp_path, width):
     assert line[..., :quarter].mean() < 20 and line[..., -quarter:].mean() > 180
 
 
+@pytest.mark.parametrize("by_decord", [True, False])
 @pytest.mark.parametrize("matrix, corners", [((0, 1, -1, 0), "CADB"), ((0, -1, 1, 0), "BDAC")])
-def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
+def test_rotation_written_in_the_file_is_applied(tmp_path, monkeypatch, matrix, corners, by_decord):
     grey = {"A": 20, "B": 90, "C": 160, "D": 230}           # A B over C D
     image = np.kron([[20, 90], [160, 230]], np.ones((56, 84)))      # (112, 168)
     image = image[..., None].repeat(3, -1).astype(np.uint8)         # (112, 168, 3)
@@ -139,6 +140,8 @@ def test_rotation_written_in_the_file_is_applied(tmp_path, matrix, corners):
     a, b, c, d = (value << 16 for value in matrix)
     content[place:place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
+    if not by_decord:
+        monkeypatch.setattr(video, "decord_reader", lambda track: None)
     frame = load(path).frames[0, 0].int()
     assert frame.shape == (168, 112)
     for corner, (y, x) in zip(corners, [(5, 5), (5, -5), (-5, 5), (-5, -5)]):
