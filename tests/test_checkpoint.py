@@ -36,7 +36,8 @@ def learn(policy, optimizer, step):
 
 
 def tensors(policy, optimizer):
-    return {name: whole(value.detach()) for name, value in checkpoint.tensors(policy, optimizer).items()}
+    content = checkpoint.tensors(policy, optimizer)
+    return {name: whole(value.detach()) for name, value in content.items()}
 
 
 def assert_equal(one, other):
@@ -55,8 +56,9 @@ def test_all_comes_back_to_the_bit(folder, steps):
     other = small(seed=1)
     checkpoint.restore(folder, *other)
     assert_equal(one, other)
-    assert len(tensors(*other)) == (6 + 4 * 3 if steps else 6)      # AdamW has three tensors per weight
-    learn(*one, steps)                                              # and both go on alike
+    # AdamW has three tensors per weight that it has stepped on
+    assert len(tensors(*other)) == (6 + 4 * 3 if steps else 6)
+    learn(*one, steps)                          # and both go on alike
     learn(*other, steps)
     assert_equal(one, other)
 
@@ -101,13 +103,13 @@ def flip(path):
 def test_what_is_not_as_it_was_written_is_refused(folder, change):
     checkpoint.write(folder, STATE, *small(1))
     change(next(folder.glob("*.safetensors")))
-    with pytest.raises(ValueError, match="step_000003: .*safetensors is not as it was written; delete the"):
+    with pytest.raises(ValueError, match="_000003: .*safetensors is not as it was written; delete"):
         checkpoint.restore(folder, *small())
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder):
     checkpoint.write(folder, STATE, *small(1))
-    with pytest.raises(ValueError, match="step_000003: does not fit --model or is damaged .*; give the model"):
+    with pytest.raises(ValueError, match="_000003: does not fit --model or is damaged .*; give the"):
         checkpoint.restore(folder, *small(hidden=6))
 
 
@@ -120,7 +122,7 @@ def test_a_state_of_another_shape_is_one_line(folder, text):
     state = checkpoint.read_state(path)
     assert {name: state[name] for name in STATE} == STATE
     path.write_text(text if isinstance(text, str) else json.dumps(state | text))
-    with pytest.raises(ValueError, match="step_000003: its state.json cannot be used .*; delete the folder"):
+    with pytest.raises(ValueError, match="_000003: its state.json cannot be used .*; delete the"):
         checkpoint.read_state(path)
 
 
@@ -165,7 +167,7 @@ def test_best_is_the_earliest_of_the_highest(tmp_path):
     assert read_rows(tmp_path / "best" / "evaluation.jsonl") == [{"step": 2, "mIoU": 0.7}]
     assert [row["step"] for row in read_rows(tmp_path / "evaluations.jsonl")] == [0, 2, 4, 5]
 
-    again = Evaluations(tmp_path, 1, every=0, steps=5)          # goes on from a checkpoint after one step
+    again = Evaluations(tmp_path, 1, every=0, steps=5)      # from a checkpoint after one step
     assert [row["step"] for row in read_rows(tmp_path / "evaluations.jsonl")] == [0]
     assert [step for step in range(7) if again.due(step)] == [5]
     again.add({"step": 5, "mIoU": 0.65}, save_as("worse"))
@@ -183,8 +185,8 @@ def test_a_kill_between_two_names_loses_nothing(tmp_path, left):
 
 
 def test_an_evaluation_is_one_short_line(tmp_path, capsys):
-    row = {"step": 3, "mIoU": 0.512, "R1@0.5": 0.25, "R1>0.5": 0.2, "mIoU_95": [0.1, 0.2], "note": "few",
-           "VC": 1.0}
+    row = {"step": 3, "mIoU": 0.512, "R1@0.5": 0.25, "R1>0.5": 0.2, "mIoU_95": [0.1, 0.2],
+           "note": "few", "VC": 1.0}
     Evaluations(tmp_path, 0, 1, 1).add(row, save_as(""))
     line = "after 3 steps, held out: mIoU 0.512  R1@0.5 0.25  VC 1, the best so far\n"
     assert capsys.readouterr().out == line

@@ -29,7 +29,7 @@ def test_differences_by_hand(tmp_path):
     assert found["R1@0.7"] == pytest.approx((1, 0, 1, 1, 1)) and found["R1@0.3"][2] == 0
     assert found["vc"][:3] == (1, 0, 1) and found["format VC"][2] == 0
     assert found["right_event"][:3] == (1, 1, 0) and found["same_answer"][:3] == (0, 0, 0)
-    mixed = evaluation(tmp_path / "c", [1.0, 0.0] * 20, [0.0, 1.0] * 10)
+    mixed = evaluation(tmp_path / "c", [0.0, 0.0], [0.0, 1.0] * 10)
     low, high = compare.compare(mixed, b)["vc"][3:]
     assert 0.2 < low < 0.5 < high < 0.8
 

@@ -25,7 +25,7 @@ def test_a_file_is_written_whole(tmp_path):
     files.write_whole(path, "two")
     assert path.read_text() == "two"
     assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(OSError, match="a.txt/b: could not be written .(Not a directory|File exists)"):
+    with pytest.raises(OSError, match="a.txt/b: could not be written"):
         files.write_whole(path / "b", "")
 
 
@@ -42,7 +42,7 @@ def test_a_config_comes_back(tmp_path):
 def test_what_is_no_config_is_named(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="config.json: is not the config of a run .*; give another"):
+    with pytest.raises(ValueError, match="config.json: is not the config of a run .*; give"):
         files.read_config(path)
 
 
@@ -58,7 +58,7 @@ def test_rows_are_json_even_if_numbers_are_not_finite(tmp_path):
 def test_an_output_that_cannot_be_written_is_named_and_nothing_is_made(tmp_path):
     (tmp_path / "file").write_text("")
     files.check_output(tmp_path / "new" / "deeper")
-    for path in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/new", tmp_path / ("x" * 300)):
+    for path in (tmp_path / "file", tmp_path / "file/deeper", "/proc/new", tmp_path / ("x" * 300)):
         with pytest.raises(ValueError, match=f"--png {path}: cannot be written to .*give another"):
             files.check_output(path, "--png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

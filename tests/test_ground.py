@@ -1,7 +1,7 @@
 """One video and one query or several, on the tiny model: the answers of evaluate.py, printed, as JSON, drawn."""
 import json
-import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.image
@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT, read_rows
 
-import data
 import evaluate
 import ground
 from engine import flags
@@ -21,22 +20,20 @@ def config(model, path, queries, **changes):
 
 
 def test_answers_are_those_of_evaluate_and_the_video_is_read_once(folder, warm, tmp_path, monkeypatch, capsys):
-    samples, _ = data.read(str(folder / "test.txt"), str(folder / "videos"))
-    path = next(s.video for s in samples if sum(t.video == s.video for t in samples) > 1)
-    samples = [sample for sample in samples if sample.video == path]
     evaluate.main(evaluate.Config(model=str(warm), annotations=str(folder / "test.txt"), videos=str(folder / "videos"),
                                   output=str(tmp_path / "eval"), cache=str(folder / "cache"), tasks=["TVG"],
                                   max_tokens=64))
     capsys.readouterr()
-    expected = {row["id"]: row for row in read_rows(tmp_path / "eval" / "predictions.jsonl")}
+    rows = read_rows(tmp_path / "eval" / "predictions.jsonl")
+    path, count = Counter(row["video"] for row in rows).most_common(1)[0]
+    expected = [row for row in rows if row["video"] == path]
     copy, ask = Path(shutil.copy(path, tmp_path)), ground.ask
     # once the queries are asked there is no file that could be read again
     monkeypatch.setattr(ground, "ask", lambda *args: copy.unlink() or ask(*args))
-    answers = ground.main(config(warm, copy, [sample.query for sample in samples], json=True, batch_size=1))
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers
-    for sample, answer in zip(samples, answers, strict=True):
-        for name in ("query", "start", "end", "completion"):
-            assert answer[name] == expected[sample.id][name]
+    answers = ground.main(config(warm, copy, [row["query"] for row in expected], json=True, batch_size=1))
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers and count > 1
+    for answer, row in zip(answers, expected, strict=True):
+        assert {name: row[name] for name in ("query", "start", "end", "completion")}.items() <= answer.items()
 
 
 @pytest.mark.parametrize("text, lines", [
@@ -88,7 +85,6 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_the_video_is_read_as_flags_say(folder, monkeypatch):
-    """Every flag that an error of reading names is there."""
     class Stop(Exception):
         pass
 
@@ -100,6 +96,3 @@ def test_the_video_is_read_as_flags_say(folder, monkeypatch):
         ground.main(config(folder / "model", "v.mp4", ["a"], total_pixels=10 ** 6, video_timeout=7.0, cache="c",
                            cache_gb=2.0))
     assert stop.value.args == (10 ** 6, 7.0, "c", 2.0)
-    sources = [ROOT / name for name in ("ground.py", "engine/loader.py", "engine/video.py")]
-    named = {name for source in sources for name in re.findall(r'"[^"\n]*?--(\w+)[^"\n]*"', source.read_text())}
-    assert "video_timeout" in named and named - {"help"} <= {*ground.Config.__dataclass_fields__}

@@ -176,7 +176,7 @@ time.sleep(60)
         worker = int(parent.stdout.readline())
         assert runs(worker)
         parent.kill()
-    for _ in range(100):
+    for _ in range(600):
         if not runs(worker):
             return
         time.sleep(0.05)

@@ -37,10 +37,12 @@ def test_completions_are_described_and_summarised():
     """Two groups of two completions: the first differs in its rewards, the second is flat."""
     samples = [SimpleNamespace(id=name, query=f"{name} sits") for name in "ab"]
     picked = [SimpleNamespace(index=8 + i, sample=sample) for i, sample in enumerate(samples)]
-    rollouts = SimpleNamespace(completions=torch.tensor([[[5, 9, 0], [5, 5, 5]], [[9, 0, 0], [5, 9, 0]]]),
-                               mask=torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]]]),
-                               logprobs=torch.tensor([[[-1., -3, 0], [-1, -1, -4]], [[-2, 0, 0], [-1, -1, 0]]]))
-    rewards = [Reward({"format": 1.0, "vd": vd}, {"verbs_said": 3}) for vd in (0.5, 0.0, 0.25, 0.25)]
+    rollouts = SimpleNamespace(
+        completions=torch.tensor([[[5, 9, 0], [5, 5, 5]], [[9, 0, 0], [5, 9, 0]]]),
+        mask=torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0]]]),
+        logprobs=torch.tensor([[[-1.0, -3, 0], [-1, -1, -4]], [[-2, 0, 0], [-1, -1, 0]]]))
+    earned = (0.5, 0.0, 0.25, 0.25)
+    rewards = [Reward({"format": 1.0, "vd": vd}, {"verbs_said": 3}) for vd in earned]
     advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
     rows = logs.describe(SimpleNamespace(picked=picked), rollouts, ["w", "x", "y", "z"], rewards,
                          advantages, [9])
@@ -54,8 +56,8 @@ def test_completions_are_described_and_summarised():
     assert columns["truncated"] == [False, True, False, False]
     assert columns["logprob"] == [-2.0, -2.0, -2.0, -1.0]
     assert logs.summarise("vd", rows) == {
-        "reward": 1.25, "format": 1.0, "vd": 0.25, "tokens": 2.0, "logprob": -1.75, "truncated": 0.25,
-        "verbs_said": 3.0, "flat": 0.5}
+        "reward": 1.25, "format": 1.0, "vd": 0.25, "tokens": 2.0, "logprob": -1.75,
+        "truncated": 0.25, "verbs_said": 3.0, "flat": 0.5}
 
 
 def test_a_step_is_one_short_line(tmp_path, said):
@@ -70,7 +72,7 @@ def test_a_step_is_one_short_line(tmp_path, said):
     assert first == metrics(12) | {"bad_videos": 0, "seconds": 8.0, "tokens_per_second": 2.0}
     samples = read_rows(tmp_path / "samples.jsonl")
     assert samples[0] == {"step": 12, "task": "VC", "index": 0, "completion": "a", "tokens": 4}
-    assert [row["completion"] for row in samples] == ["a", "c"] * 2         # the first of each group
+    assert [row["completion"] for row in samples] == ["a", "c"] * 2     # the first of each group
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -83,11 +85,12 @@ def test_the_first_process_writes_alone(tmp_path, said):
 
 def test_what_went_wrong_is_said_once(tmp_path, said):
     log = logs.Logs(tmp_path, 0, 0)
-    log.step(metrics(0, loss=float("nan"), updates=0), completions(), ["a.mp4: torn"] * 2, 1.0)
-    log.step(metrics(1, loss=float("inf"), updates=2), completions(), ["a.mp4: torn", "b.mp4: gone"], 1.0)
+    torn, gone = "a.mp4: torn", "b.mp4: gone"
+    log.step(metrics(0, loss=float("nan"), updates=0), completions(), [torn, torn], 1.0)
+    log.step(metrics(1, loss=float("inf"), updates=2), completions(), [torn, gone], 1.0)
     assert [line for line in said if "reward" not in line] == [
-        "step 0 changes nothing: loss not finite", "replaced by another sample: a.mp4: torn",
-        "step 1 stops after 2 update(s): loss not finite", "replaced by another sample: b.mp4: gone"]
+        "step 0 changes nothing: loss not finite", f"replaced by another sample: {torn}",
+        "step 1 stops after 2 update(s): loss not finite", f"replaced by another sample: {gone}"]
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["loss"] for row in rows] == [None, None]
     assert [row["bad_videos"] for row in rows] == [2, 2]

@@ -1,5 +1,5 @@
-"""Answers of other models: how they are scored, to which queries they belong, what the lenient reader reads as what,
-and text files that are not quite text."""
+"""Answers of other models: what the lenient reader reads, text files that are not quite text, which answer is of which
+query, and scores."""
 import bz2
 import gzip
 import json
@@ -10,46 +10,117 @@ import pytest
 
 import evaluate
 import rewards
+from data import Sample
 from engine import flags
 from lab import predictions
 
-READ = [        # the table in lab/predictions.py, and more
-    ("3.2 TO 9.1", (3.2, 9.1)), ("3.2 until 9.1", (3.2, 9.1)), ("3.2s till 9.1", (3.2, 9.1)), ("3 through 9", (3, 9)),
-    ("**3.2** to **9.1**", (3.2, 9.1)), ("`3.2` to _9.1_", (3.2, 9.1)), ("__3.2__ - __9.1__ s", (3.2, 9.1)),
-    ("12.5s - 17.8s", (12.5, 17.8)), ("12.5–17.8", (12.5, 17.8)), ("12.5 ~ 17.8 sec", (12.5, 17.8)),
-    ("12.5 — 17.8 seconds", (12.5, 17.8)), ("12.5s->17.8s", (12.5, 17.8)), ("12.5 → 17.8", (12.5, 17.8)),
-    ("12,5s to 17,8s", (12.5, 17.8)), ("3,5 to 7,2", (3.5, 7.2)), ("3,5-7,25.", (3.5, 7.25)),
-    ("[3.2, 9.1]", (3.2, 9.1)), ("[3,9]", (3, 9)), ("(3.2; 9.1)", (3.2, 9.1)), ("[[3.2, 9.1]]", (3.2, 9.1)),
-    ("[3.2s, 9.1s]", (3.2, 9.1)), ('["3.2", "9.1"]', (3.2, 9.1)), ("[3.2 - 9.1]", (3.2, 9.1)), ("3.2, 9.1", (3.2, 9.1)),
-    ("00:12 to 00:17", (12, 17)), ("0:01:12.5 - 0:01:20", (72.5, 80)), ("[00:12, 00:17]", (12, 17)),
-    ("from 1:05 until 1:20.", (65, 80)), ("00:00:12,500 - 00:00:17,000", (12.5, 17)), ("0:12s - 0:17s", (12, 17)),
-    ("1 to 2 minutes", (60, 120)), ("1-2 min", (60, 120)), ("0.5 to 1 hour", (1800, 3600)), ("1m to 2m", (60, 120)),
-    ("1 min 5 s to 1m20s", (65, 80)), ("1 minute and 5 seconds to 1 minute and 20 seconds", (65, 80)),
-    ("1 minute and 2 minutes", (60, 120)), ("1 h 2 min - 1 h 3 min 5 s", (3720, 3785)), ("1m30 to 1m45", (90, 105)),
-    ("50 s to 2 min", (50, 120)), ("1 min 30 to 1 min 45", (90, 105)),
-    ('{"start": 3.2, "end": "9.1"}', (3.2, 9.1)), ('{"start_time": "00:12", "end_time": "00:17"}', (12, 17)),
-    ('```json\n{\n  "start": 3.2,\n  "end": 9.1\n}\n```', (3.2, 9.1)), ('{"end": 9.1, "start": 3.2}', (3.2, 9.1)),
-    ('{"from": 3.2, "to": 9.1}', (3.2, 9.1)), ('{"timestamp": [3.2, 9.1], "score": 0.5}', (3.2, 9.1)),
-    ('{"time": "3.2 - 9.1"}', (3.2, 9.1)), ("start: 3.2\nend: 9.1", (3.2, 9.1)), ("end: 9.1, start: 3.2", (3.2, 9.1)),
-    ("it starts at 3.2 s and ends at 9.1 s", (3.2, 9.1)), ("It begins around 3.2s and stops at 9.1s.", (3.2, 9.1)),
-    ("start=3.2; end=9.1", (3.2, 9.1)), ("begins at 1 min 5 s, finishes at 1 min 20 s", (65, 80)),
-    ("2 to 3 steps between 5.0s - 10.0s", (5, 10)), ("1 - 2, no, 3 - 4", (3, 4)), ("9 - 3", (9, 3)),
-    ("3 - 9\n\nThe person sits.", (3, 9)), ("3 - 9 in the video", (3, 9)), ("3 - 9 s of it", (3, 9))]
-NOTHING = ["10 - 20 %", "10-20% of the video", "10% - 20%", "24 - 48 frames", "frames 24 - 48", "2 - 3 steps",
-           "1 - 2 dogs", "starts at 10% and ends at 20%", "starts at frame 24 and ends at frame 48", "1,200 to 1,300",
-           "1 to 1,300", "1 min to 2", "-3 - 5", "3 - -5", "2024-05-12", "3 to 4e5", "12.5", "at 0:12",
-           "[3.2, 9.1, 12]", "1.2.3 - 4", "start: -3, end: 5", "3/4 - 5", "1-2-3", "", "no idea", "٣ - ٤",
-           "start 3", "\ud800"]
+READ = r"""
+    3.2 TO 9.1                                                 | 3.2 9.1
+    3.2 until 9.1                                              | 3.2 9.1
+    3.2s till 9.1                                              | 3.2 9.1
+    3 through 9                                                | 3 9
+    **3.2** to **9.1**                                         | 3.2 9.1
+    `3.2` to _9.1_                                             | 3.2 9.1
+    __3.2__ - __9.1__ s                                        | 3.2 9.1
+    12.5s - 17.8s                                              | 12.5 17.8
+    12.5–17.8                                                  | 12.5 17.8
+    12.5 ~ 17.8 sec                                            | 12.5 17.8
+    12.5 — 17.8 seconds                                        | 12.5 17.8
+    12.5s->17.8s                                               | 12.5 17.8
+    12.5 → 17.8                                                | 12.5 17.8
+    12,5s to 17,8s                                             | 12.5 17.8
+    3,5 to 7,2                                                 | 3.5 7.2
+    3,5-7,25.                                                  | 3.5 7.25
+    [3.2, 9.1]                                                 | 3.2 9.1
+    [3,9]                                                      | 3 9
+    (3.2; 9.1)                                                 | 3.2 9.1
+    [[3.2, 9.1]]                                               | 3.2 9.1
+    [3.2s, 9.1s]                                               | 3.2 9.1
+    ["3.2", "9.1"]                                             | 3.2 9.1
+    [3.2 - 9.1]                                                | 3.2 9.1
+    3.2, 9.1                                                   | 3.2 9.1
+    00:12 to 00:17                                             | 12 17
+    0:01:12.5 - 0:01:20                                        | 72.5 80
+    [00:12, 00:17]                                             | 12 17
+    from 1:05 until 1:20.                                      | 65 80
+    00:00:12,500 - 00:00:17,000                                | 12.5 17
+    0:12s - 0:17s                                              | 12 17
+    1 to 2 minutes                                             | 60 120
+    1-2 min                                                    | 60 120
+    0.5 to 1 hour                                              | 1800 3600
+    1m to 2m                                                   | 60 120
+    1 min 5 s to 1m20s                                         | 65 80
+    1 minute and 5 seconds to 1 minute and 20 seconds          | 65 80
+    1 minute and 2 minutes                                     | 60 120
+    1 h 2 min - 1 h 3 min 5 s                                  | 3720 3785
+    1m30 to 1m45                                               | 90 105
+    50 s to 2 min                                              | 50 120
+    1 min 30 to 1 min 45                                       | 90 105
+    {"start": 3.2, "end": "9.1"}                               | 3.2 9.1
+    {"start_time": "00:12", "end_time": "00:17"}               | 12 17
+    ```json⏎{⏎  "start": 3.2,⏎  "end": 9.1⏎}⏎```               | 3.2 9.1
+    {"end": 9.1, "start": 3.2}                                 | 3.2 9.1
+    {"from": 3.2, "to": 9.1}                                   | 3.2 9.1
+    {"timestamp": [3.2, 9.1], "score": 0.5}                    | 3.2 9.1
+    {"time": "3.2 - 9.1"}                                      | 3.2 9.1
+    start: 3.2⏎end: 9.1                                        | 3.2 9.1
+    end: 9.1, start: 3.2                                       | 3.2 9.1
+    it starts at 3.2 s and ends at 9.1 s                       | 3.2 9.1
+    It begins around 3.2s and stops at 9.1s.                   | 3.2 9.1
+    start=3.2; end=9.1                                         | 3.2 9.1
+    begins at 1 min 5 s, finishes at 1 min 20 s                | 65 80
+    2 to 3 steps between 5.0s - 10.0s                          | 5 10
+    1 - 2, no, 3 - 4                                           | 3 4
+    9 - 3                                                      | 9 3
+    3 - 9⏎⏎The person sits.                                    | 3 9
+    3 - 9 in the video                                         | 3 9
+    3 - 9 s of it                                              | 3 9
+"""      # the table in lab/predictions.py, and more; ⏎ is a new line
+NOTHING = """
+    10 - 20 %
+    10-20% of the video
+    10% - 20%
+    24 - 48 frames
+    frames 24 - 48
+    2 - 3 steps
+    1 - 2 dogs
+    starts at 10% and ends at 20%
+    starts at frame 24 and ends at frame 48
+    1,200 to 1,300
+    1 to 1,300
+    1 min to 2
+    -3 - 5
+    3 - -5
+    2024-05-12
+    3 to 4e5
+    12.5
+    at 0:12
+    [3.2, 9.1, 12]
+    1.2.3 - 4
+    start: -3, end: 5
+    3/4 - 5
+    1-2-3
+    no idea
+    ٣ - ٤
+    start 3
+"""
 
 
-@pytest.mark.parametrize("text, span", READ)
+def cases():
+    """(text of an answer, its span in seconds) of READ."""
+    for line in READ.strip().splitlines():
+        text, _, span = line.rpartition("|")
+        yield text.strip().replace("⏎", "\n"), tuple(map(float, span.split()))
+
+
+@pytest.mark.parametrize("text, span", list(cases()))
 def test_forms_of_an_answer(text, span):
     for whole in (text, f"<think>1 to 2, [5, 6]</think> <answer>{text}</answer>", f"<think>[5, 6]</think>\n{text}",
                   f"<answer>8 - 9</answer> no: <answer> {text}", f"<answer>\n{text}\n</answer> or 5 - 6"):
         assert predictions.lenient(whole) == pytest.approx(span), whole
 
 
-@pytest.mark.parametrize("text", NOTHING)
+@pytest.mark.parametrize("text", ["", "\ud800", *map(str.strip, NOTHING.strip().splitlines())])
 def test_what_is_not_seconds_is_not_read(text):
     assert predictions.lenient(text) is predictions.lenient(f"5 - 6 <answer>{text}</answer>") is None
 
@@ -153,21 +224,14 @@ def test_lenient_answers_are_counted(tmp_path):
     assert [scores[name] for name in ("lenient", "unparsable", "failed", "missing")] == [1, 2, 1, 1]
 
 
-@pytest.mark.parametrize("name, best", [
-    (lambda qid: {"qid": qid}, 1.0), (lambda qid: {"id": str(qid)}, 1.0),
-    (lambda qid: {"video": f"v_{qid}.0_210.0", "query": f"query {qid}"}, 1.0), (lambda qid: {"id": f"{qid}:0"}, 1.0)])
-def test_one_answer_for_all_windows(tmp_path, name, best):
-    """QVHighlights: query 7 has windows 0-10 and 20-30, query 8 one of 0-10. By the id of one window the answer is that
-    to this window alone."""
-    annotations = "\n".join(json.dumps({"qid": qid, "query": f"query {qid}", "vid": f"v_{qid}.0_210.0", "duration": 150,
-                                        "relevant_windows": windows})
-                            for qid, windows in ((7, [[0, 10], [20, 30]]), (8, [[0, 10]])))
-    scores = score(tmp_path, {**name(7), "start": 20, "end": 30}, {**name(8), "start": 0, "end": 6},
-                   annotations=annotations)
-    one_window = "id" in name(7) and ":" in name(7)["id"]
-    assert scores["missing"] == one_window and scores["unmatched"] == scores["duplicates"] == 0
-    assert scores["mIoU"] == pytest.approx((0.6 if one_window else 1.6) / 3)
-    assert scores["best_window_queries"] == 2 and scores["best_window_mIoU"] == pytest.approx((best + 0.6) / 2)
+@pytest.mark.parametrize("name, ids", [
+    ({"qid": 7}, ["7:0", "7:1"]), ({"id": "7"}, ["7:0", "7:1"]), ({"id": "7:1"}, ["7:1"]),
+    ({"video": "v_7.0_210.0", "query": "query 7"}, ["7:0", "7:1"])])
+def test_one_answer_for_all_windows(name, ids):
+    """QVHighlights: query 7 has two windows, query 8 one. By the id of a window the answer is that to it alone."""
+    samples = [Sample(f"{qid}:{k}", f"x/v_{qid}.0_210.0.mp4", f"query {qid}", 0, 10, None, qid=qid)
+               for qid, k in (("7", 0), ("7", 1), ("8", 0))]
+    assert predictions.match([name], samples) == (dict.fromkeys(ids, name), {"unmatched": 0, "duplicates": 0})
 
 
 def test_two_samples_of_one_query_are_no_windows(tmp_path):
@@ -178,16 +242,12 @@ def test_two_samples_of_one_query_are_no_windows(tmp_path):
 
 def test_unusable_queries_stay_in_the_denominator(tmp_path):
     """As those of no length in TVGBench; whoever predicts them is not told that they are unknown."""
-    annotations = json.dumps([{"path": f"{name}.mp4", "question": f"what {name} does", "answer": answer, "start": None,
-                               "end": None, "duration": 30.0}
-                              for name, answer in (("A", "0.0-10.0"), ("B", "5.0-5.0"), ("C", "1.0-400.0"))])
-    first, *others = [{"video": name, "query": f"what {name} does", "start": 0, "end": 10} for name in "ABC"]
-    scores = score(tmp_path, first, *others, annotations=annotations)
-    assert scores["queries"] == 3 and scores["mIoU"] == scores["R1@0.5"] == pytest.approx(1 / 3)
-    counts = ("rejected", "rejected_as_0", "missing", "unmatched", "unparsable", "failed")
-    assert [scores[name] for name in counts] == [2, 2, 0, 0, 0, 0]
-    assert scores["mIoU_95"][0] == 0 and "3 videos" in scores["intervals"]
-    assert score(tmp_path, first, annotations=annotations) == scores          # or leaves them out
+    annotations = "A 0 10##he sits.\nB 5 5##he eats.\n"
+    right = {"id": "A:1", "start": 0, "end": 10}
+    scores = score(tmp_path, right, {"id": "B:2", "start": 0, "end": 10}, annotations=annotations)
+    counts = ("queries", "rejected", "rejected_as_0", "missing", "unmatched", "unparsable", "failed")
+    assert [scores[name] for name in counts] == [2, 1, 1, 0, 0, 0, 0] and scores["mIoU"] == 0.5
+    assert score(tmp_path, right, annotations=annotations) == scores          # or leaves them out
 
 
 def test_own_predictions_score_the_same(folder, warm, tmp_path, monkeypatch, capsys):

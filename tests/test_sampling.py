@@ -38,12 +38,12 @@ def assert_sampled_from(policy, prompts, rollouts, generators=None, temperature=
 
 
 def test_draws_follow_the_softmax():
-    logits = torch.tensor([0.0, -torch.inf, math.log(3.0), math.log(4.0)])
+    logits = torch.tensor([-torch.inf, 0.0, math.log(3.0), math.log(4.0)])
     uniform = (torch.arange(8000) + 0.5) / 8000
     counts = torch.bincount(draw_token(logits.expand(8000, -1), uniform), minlength=4)
-    assert counts.tolist() == [1000, 0, 3000, 4000]
+    assert counts.tolist() == [0, 1000, 3000, 4000]
     edges = torch.tensor([0.0, 1 - 2 ** -24])   # the smallest and the largest that torch.rand gives
-    assert draw_token(logits.expand(2, -1), edges).tolist() == [0, 3]
+    assert draw_token(logits.expand(2, -1), edges).tolist() == [1, 3]
     assert draw_token(logits[None], None).tolist() == [3]
 
 

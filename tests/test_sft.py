@@ -15,7 +15,8 @@ import sft
 @pytest.fixture(scope="module")
 def learned(folder, tmp_path_factory) -> sft.Config:
     """The config of a run of six steps, in its output folder."""
-    config = sft_config(folder, tmp_path_factory.mktemp("sft") / "run", micro_batch_size=2, save_every=2)
+    output = tmp_path_factory.mktemp("sft") / "run"
+    config = sft_config(folder, output, micro_batch_size=2, save_every=2)
     sft.main(config)
     return config
 
@@ -50,7 +51,8 @@ def test_without_demonstrations_the_query_describes_the_segment(samples):
     assert [each.sample for each in demonstrations] == samples
     for each in demonstrations:
         reward, = each.task.reward([each.completion], [each.sample])
-        assert each.task.name == "VD" and reward.total == 2.0 and each.sample.query in each.completion
+        assert each.task.name == "VD" and each.sample.query in each.completion
+        assert reward.total == 2.0
 
 
 def test_queries_without_a_verb_are_no_demonstrations(samples, tmp_path):
@@ -68,6 +70,7 @@ def test_queries_without_a_verb_are_no_demonstrations(samples, tmp_path):
 def test_a_line_that_is_no_demonstration_is_named(samples, tmp_path, line):
     path = tmp_path / "d.jsonl"
     good = {"id": samples[0].id, "task": "VD", "completion": "x"}
-    path.write_text(f"{json.dumps(good)}\n{line.replace('ID', samples[0].id)}\n{json.dumps(good)}\n")
-    with pytest.raises(ValueError, match="d.jsonl:2: no demonstration .*; it needs the id of a sample, a task"):
+    lines = [json.dumps(good), line.replace("ID", samples[0].id), json.dumps(good)]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="d.jsonl:2: no demonstration .*; it needs the id of a"):
         sft.read_demonstrations(str(path), samples)

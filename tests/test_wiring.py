@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import read_rows
 from oracles import distributions, published_loss, repeated_logprobs
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim import optimizer as optim
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import data
@@ -32,13 +32,15 @@ from engine import video
 
 FILM_FPS, LONGEST = 8, 16       # frames per second; seconds in which their grey rises from 0 to 255
 PIXELS = 16 * 28 * 28           # of a whole video that is worth cutting down
-MASKED = {"Person closed the door": "Person [] the door",                                   # the paper's example
-          "the red circle is spinning.": "the red circle is [].", "the square grows.": "the square [].",
+MASKED = {"Person closed the door": "Person [] the door",      # the paper's example
+          "the red circle is spinning.": "the red circle is [].",
+          "the square grows.": "the square [].",
           "a person opens the door and walks away.": "a person [] the door and [] away."}
 CLOSE, SPIN, GROW, OPEN = MASKED
-SILENT = ("the table over there", "the sky over there", "a red ball on the floor")         # have no verb
+SILENT = ("the table over there", "the sky over there", "a red ball on the floor")     # no verb
+# of VC, AR and VD the paper's
 SENTENCES = {"TVG": 'the event "{query}" happen in the video, in seconds',
-             "VC": 'Add a verb for the event "{masked}" based on the video',        # the paper's, as the next two
+             "VC": 'Add a verb for the event "{masked}" based on the video',
              "AR": "Use a verb to describe the event based on the video",
              "VD": "Describe what people have done based on the video"}
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])        # of Qwen's pixels
@@ -48,20 +50,24 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 # what the first one draws.
 RUNS = {
     "updates": dict(
-        steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_size=4, prompts_per_step=3, micro_batch_size=2,
-        beta=0.5, learning_rate=1e-3, loss_type="bnpo", num_iterations=2, epsilon=0.1, vd_max_verbs=3, max_tokens=24,
-        temperature=0.7, total_pixels=PIXELS),
+        steps=4, seed=2654, tvg_prob=0.55, tasks=["VD", "AR"], group_size=4, prompts_per_step=3,
+        micro_batch_size=2, beta=0.5, learning_rate=1e-3, loss_type="bnpo", num_iterations=2,
+        epsilon=0.1, vd_max_verbs=3, max_tokens=24, temperature=0.7, total_pixels=PIXELS),
     "frozen": dict(
-        steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts_per_step=2, beta=0.0, learning_rate=1e-3,
-        loss_type="dr_grpo", scale_rewards="none", cosine_rewards=True, think=False, max_tokens=40,
-        total_pixels=PIXELS, freeze_vision=True, gradient_checkpointing=True)}
-ELSEWHERE = {"annotations", "eval_annotations", "eval_samples", "lora_rank", "model"}      # tested in other files
+        steps=2, seed=5, tvg_prob=0.0, tasks=["VC"], group_size=3, prompts_per_step=2, beta=0.0,
+        learning_rate=1e-3, loss_type="dr_grpo", scale_rewards="none", cosine_rewards=True,
+        think=False, max_tokens=40, total_pixels=PIXELS, freeze_vision=True)}
+# tested in other files
+ELSEWHERE = {"annotations", "eval_annotations", "eval_samples", "lora_rank", "model"}
 
 
 def film(path, seconds, side):
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=FILM_FPS, options={"crf": "5", "preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = side, side, "yuv420p", 1
+        options = {"crf": "5", "preset": "ultrafast"}
+        stream = file.add_stream("libx264", rate=FILM_FPS, options=options)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
         for i in range(seconds * FILM_FPS):
             grey = np.full((side, side, 3), round(255 * i / FILM_FPS / LONGEST), np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
@@ -75,12 +81,14 @@ def world(tmp_path_factory):
     (folder / "videos").mkdir()
     film(folder / "videos" / "clock.mp4", 12, 28)
     film(folder / "videos" / "big.mp4", 6, 140)
-    annotations = [("clock", SPIN, 1.0, 5.0, 2.0, 10.0)] * 2 + [
-        ("clock", OPEN, 6.0, 9.0, 0.0, 12.0), ("big", CLOSE, 1.0, 4.0, 1.0, 5.0),
-        ("clock", GROW, 1.3, 3.9, 3.0, 6.9), *(("clock", query, 1.0, 3.0, 4.0, 8.0) for query in SILENT)]
+    annotations = [("clock", SPIN, 1.0, 5.0, 2.0, 10.0), ("clock", SPIN, 1.0, 5.0, 2.0, 10.0),
+                   ("clock", OPEN, 6.0, 9.0, 0.0, 12.0), ("big", CLOSE, 1.0, 4.0, 1.0, 5.0),
+                   ("clock", GROW, 1.3, 3.9, 3.0, 6.9)]
+    annotations += [("clock", query, 1.0, 3.0, 4.0, 8.0) for query in SILENT]
     entries = []
     for name, query, start, end, begin, stop in annotations:
-        entry = {"video": f"{name}.mp4", "sentence": query, "timestamp": [start, end], "duration": stop - begin}
+        entry = {"video": f"{name}.mp4", "sentence": query, "timestamp": [start, end],
+                 "duration": stop - begin}
         if begin:
             entry |= {"video_start": begin, "video_end": stop}
         entries.append(entry)
@@ -97,8 +105,9 @@ def watch(script, world, warm, name, **flags):
     """Run script.main with `worth` as every task's reward. Returns its config, samples by id, metrics and rows of
     samples.jsonl; of each step the rollouts; of each step of the optimizer its weights before, the gradient, and the
     weights after; and of each task the options of its reward."""
-    config = script.Config(model=str(warm), annotations=str(world / "train.json"), videos=str(world / "videos"),
-                           output=str(world / name), cache=str(world / "cache"), workers=1, **flags)
+    config = script.Config(model=str(warm), annotations=str(world / "train.json"),
+                           videos=str(world / "videos"), output=str(world / name),
+                           cache=str(world / "cache"), workers=1, **flags)
     steps, moves, given_options, rollout = [], [], {}, grpo.rollout
 
     def watched_rollout(*args):
@@ -116,7 +125,8 @@ def watch(script, world, warm, name, **flags):
         return paid
 
     def copies(optimizer, attribute):
-        return [getattr(weight, attribute).clone() for weight in optimizer.param_groups[0]["params"]]
+        weights = optimizer.param_groups[0]["params"]
+        return [getattr(weight, attribute).clone() for weight in weights]
 
     def before(optimizer, *_):
         group = optimizer.param_groups[0]
@@ -127,7 +137,8 @@ def watch(script, world, warm, name, **flags):
     def after(optimizer, *_):
         moves[-1]["after"] = copies(optimizer, "data")
 
-    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    hooks = [optim.register_optimizer_step_pre_hook(before),
+             optim.register_optimizer_step_post_hook(after)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "rollout", watched_rollout)
         patch.setattr(tasks, "TASKS", {name: replace(task, reward=partial(pay, task))
@@ -140,8 +151,9 @@ def watch(script, world, warm, name, **flags):
     output = Path(config.output)
     rows = read_rows(output / "samples.jsonl") if steps else []
     samples = {sample.id: sample for sample in data.read(config.annotations, config.videos)[0]}
-    return SimpleNamespace(config=config, samples=samples, metrics=read_rows(output / "metrics.jsonl"), rows=rows,
-                           steps=steps, moves=moves, options=given_options)
+    metrics = read_rows(output / "metrics.jsonl")
+    return SimpleNamespace(config=config, samples=samples, metrics=metrics, rows=rows, steps=steps,
+                           moves=moves, options=given_options)
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -168,8 +180,8 @@ def plain(warm):
 
 def forbidden_tokens(folder):
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    return tokenizer, tokenizer.convert_tokens_to_ids(names)
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    return tokenizer, tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +191,9 @@ def tokenizer(warm):
 
 def assert_adamw(moves, rates, weights):
     """The optimizer is AdamW as it should be, at these rates; it began with `weights`, and nothing else moves one."""
-    assert [move["optimizer"] for move in moves] == [
-        {"class": "AdamW", "lr": rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0} for rate in rates]
-    for move in moves:
+    options = {"class": "AdamW", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    for move, rate in zip(moves, rates, strict=True):
+        assert move["optimizer"] == options | {"lr": rate}
         assert all(map(torch.equal, move["before"], weights))
         assert not any(map(torch.equal, move["before"], move["after"]))
         weights = move["after"]
@@ -218,8 +230,8 @@ def test_tasks_of_a_run(run):
     if config.tvg_prob:
         assert set(expected) == {"TVG", "VD", "AR"}
         assert run.options == {"TVG": {}, "AR": {}, "VD": {"max_verbs": 3}}
-        for others in ((0, 0.55, ["VD", "AR"]), (2654, 0.53, ["VD", "AR"]), (2654, 0.57, ["VD", "AR"]),
-                       (2654, 0.55, ["VC", "AR", "VD"])):
+        for others in ((0, 0.55, ["VD", "AR"]), (2654, 0.53, ["VD", "AR"]),
+                       (2654, 0.57, ["VD", "AR"]), (2654, 0.55, ["VC", "AR", "VD"])):
             assert drawn(*others) != expected
     else:
         assert run.options == {"VC": {"by_cosine": True}}
@@ -240,22 +252,24 @@ def test_prompts_of_a_run(run, tokenizer):
             sentences = {name: words.format(query=sample.query, masked=MASKED.get(sample.query))
                          for name, words in SENTENCES.items()}
             assert [name for name, words in sentences.items() if words in text] == [task]
-            assert (sample.query in text) == (task == "TVG") and ("<think>" in text) == run.config.think
+            assert (sample.query in text) == (task == "TVG")
+            assert ("<think>" in text) == run.config.think
             assert task == "TVG" or sample.query in MASKED
             pairs, *size = prompt.video_grid_thw.tolist()
             assert size == ([8, 8] if "big" in sample.video else [2, 2])
 
             begin, length = sample.video_start or 0.0, sample.duration or 12.0
-            rate = int(2 * length + 1e-3) // 2 * 2 / length                         # frames per second
+            rate = int(2 * length + 1e-3) // 2 * 2 / length             # frames per second
             first, last = (0.0, length) if task == "TVG" else (sample.start, sample.end)
             assert pairs == round((last - first) * rate / 2)
-            pixels = prompt.pixel_values_videos.view(pairs, -1, 3, 2, 14 * 14).mean((1, 4))     # (t, 3, 2)
-            grey = (pixels.transpose(1, 2) * STD + MEAN).mean(-1).flatten()         # (T,)
+            pixels = prompt.pixel_values_videos.view(pairs, -1, 3, 2, 14 * 14).mean((1, 4))
+            grey = (pixels.transpose(1, 2) * STD + MEAN).mean(-1).flatten()     # (T,)
             expected = begin + first + torch.arange(len(grey)) / rate
-            assert (grey * LONGEST - expected).abs().max() < 0.3                    # seconds
+            assert (grey * LONGEST - expected).abs().max() < 0.3        # seconds
             # a pair of frames takes 2 / rate s, and the toy model has 3 positions per second
             time = prompt.position_ids[0, is_pad].view(pairs, -1)
-            assert (time - time[0, 0] == (torch.arange(pairs) * 2 * 3 / rate + 1e-3).floor()[:, None]).all()
+            expected = (torch.arange(pairs) * 2 * 3 / rate + 1e-3).floor()
+            assert (time - time[0, 0] == expected[:, None]).all()
 
 
 def advantages_by_hand(run, rollouts, rows, tokenizer):
@@ -288,7 +302,8 @@ def test_steps_are_those_of_the_equations(run, plain, tokenizer):
         all_lengths += lengths.flatten().tolist()
 
         def score(policy):
-            return repeated_logprobs(policy, rollouts.prompts, rollouts.completions, rollouts.mask, config.temperature)
+            return repeated_logprobs(policy, rollouts.prompts, rollouts.completions, rollouts.mask,
+                                     config.temperature)
 
         with torch.no_grad():
             ref_logprobs = score(reference)
@@ -300,8 +315,8 @@ def test_steps_are_those_of_the_equations(run, plain, tokenizer):
                 old = logprobs.detach()
                 torch.testing.assert_close(rollouts.logprobs, old, rtol=1e-3, atol=1e-4)
             loss, kl, clip_fraction = published_loss(
-                config.loss_type, logprobs, old, ref_logprobs, advantages, lengths, config.beta, config.epsilon,
-                config.max_tokens)
+                config.loss_type, logprobs, old, ref_logprobs, advantages, lengths, config.beta,
+                config.epsilon, config.max_tokens)
             loss.backward()
             norm = assert_gradient(learning, move["gradient"])
         assert metrics["loss"] == pytest.approx(loss.item(), rel=5e-3, abs=1e-5)
@@ -327,11 +342,13 @@ def test_sft_by_hand(world, warm, plain, tokenizer):
     """Two steps of sft.py on all demonstrations: mean loss over all tokens, those that end a completion included; AdamW
     at a rate that falls linearly to a tenth."""
     texts = [("clock:0", "TVG", "<answer>1 to 5</answer>"), ("clock:2", "AR", "opens, then walks"),
-             ("big:3", "VD", "rising."), ("clock:4", "VC", "the square grows."), ("clock:5", "TVG", "from 1 to 3")]
-    lines = [json.dumps({"id": id, "task": task, "completion": text}) + "\n" for id, task, text in texts]
-    (world / "demonstrations.jsonl").write_text("".join(lines))
-    run = watch(sft, world, warm, "sft", steps=2, batch_size=5, micro_batch_size=2, learning_rate=1e-3,
-                demonstrations=str(world / "demonstrations.jsonl"), total_pixels=PIXELS)
+             ("big:3", "VD", "rising."), ("clock:4", "VC", "the square grows."),
+             ("clock:5", "TVG", "from 1 to 3")]
+    rows = [{"id": id, "task": task, "completion": text} for id, task, text in texts]
+    path = world / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = watch(sft, world, warm, "sft", steps=2, batch_size=5, micro_batch_size=2,
+                learning_rate=1e-3, demonstrations=str(path), total_pixels=PIXELS)
     _, encoder = model.load(str(warm))
     load = partial(video.load, total_pixels=PIXELS)
     assert_adamw(run.moves, [1e-3, pytest.approx(0.55e-3)], plain()[1])
