@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import read_rows, together, whole
+from conftest import full_disk, read_rows, together, whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -124,6 +124,15 @@ def test_a_state_of_another_shape_is_one_line(folder, text):
     path.write_text(text if isinstance(text, str) else json.dumps(state | text))
     with pytest.raises(ValueError, match="_000003: its state.json cannot be used .*; delete the"):
         checkpoint.read_state(path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(folder):
+    checkpoint.write(folder, STATE, *small())
+    error = f"step_000004: could not be written .*File too large.*--resume from {folder}$"
+    with full_disk(10_000), pytest.raises(OSError, match=error):
+        checkpoint.write(folder.with_name("step_000004"), STATE, *small(hidden=5000))
+    assert list(folder.parent.iterdir()) == [folder]
+    checkpoint.restore(folder, *small())
 
 
 def write_and_read(folder):
