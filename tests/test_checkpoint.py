@@ -164,6 +164,11 @@ def save_as(text):
     return save
 
 
+def test_an_evaluation_is_due_first_and_last_at_least(tmp_path):
+    kept = Evaluations(tmp_path, 0, every=0, steps=5)
+    assert [step for step in range(7) if kept.due(step)] == [0, 5]
+
+
 def test_best_is_the_earliest_of_the_highest(tmp_path):
     """Also when better ones of a branch that was left are taken out of the log."""
     kept = Evaluations(tmp_path, 0, every=2, steps=5)
