@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import read_rows, together, whole
+from conftest import full_disk, read_rows, together, whole
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -126,6 +126,15 @@ def test_a_state_of_another_shape_is_one_line(folder, text):
         checkpoint.read_state(path)
 
 
+def test_a_full_disk_leaves_the_last_checkpoint_whole(folder):
+    checkpoint.write(folder, STATE, *small())
+    error = f"step_000004: could not be written .*File too large.*--resume from {folder}$"
+    with full_disk(10_000), pytest.raises(OSError, match=error):
+        checkpoint.write(folder.with_name("step_000004"), STATE, *small(hidden=5000))
+    assert list(folder.parent.iterdir()) == [folder]
+    checkpoint.restore(folder, *small())
+
+
 def write_and_read(folder):
     """In each of two processes: write a checkpoint, and read the one that one process wrote."""
     checkpoint.write(folder.with_name("step_000004"), STATE, *small(3))
@@ -153,6 +162,11 @@ def save_as(text):
         folder.mkdir()
         (folder / "model").write_text(text)
     return save
+
+
+def test_an_evaluation_is_due_first_and_last_at_least(tmp_path):
+    kept = Evaluations(tmp_path, 0, every=0, steps=5)
+    assert [step for step in range(7) if kept.due(step)] == [0, 5]
 
 
 def test_best_is_the_earliest_of_the_highest(tmp_path):

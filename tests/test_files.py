@@ -3,7 +3,7 @@ import ast
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, full_disk
 
 from engine import files
 
@@ -51,8 +51,8 @@ def test_rows_are_json_even_if_numbers_are_not_finite(tmp_path):
     files.append(path, [{"a": float("nan"), "b": 1.0}])
     files.append(path, [{"a": None, "c": [1], "d": -float("inf")}])
     assert path.read_text() == '{"a": null, "b": 1.0}\n{"a": null, "c": [1], "d": null}\n'
-    with pytest.raises(OSError, match="nowhere/log: could not be written .No such"):
-        files.append(tmp_path / "nowhere" / "log", [])
+    with full_disk(100), pytest.raises(OSError, match="log: could not be written .File too large"):
+        files.append(path, [{"a": "x" * 100}])
 
 
 def test_an_output_that_cannot_be_written_is_named_and_nothing_is_made(tmp_path):

@@ -105,7 +105,8 @@ def test_an_error_a_person_can_mend_is_one_line(monkeypatch, capsys, error):
     code, lines = end(monkeypatch, capsys, error)
     assert code == 2
     line, = lines
-    assert line.startswith("x.py: ") and "a.txt" in line and line.isprintable()
+    assert line.startswith("x.py: ") and "a.txt" in line
+    assert line.isprintable() and "\\n" not in line
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(type(error)):
         end(monkeypatch, capsys, error)

@@ -34,7 +34,7 @@ def said(monkeypatch):
 
 
 def test_completions_are_described_and_summarised():
-    """Two groups of two completions: the first differs in its rewards, the second is flat."""
+    """Two groups of two completions, of which the second group is flat."""
     samples = [SimpleNamespace(id=name, query=f"{name} sits") for name in "ab"]
     picked = [SimpleNamespace(index=8 + i, sample=sample) for i, sample in enumerate(samples)]
     rollouts = SimpleNamespace(
@@ -43,7 +43,7 @@ def test_completions_are_described_and_summarised():
         logprobs=torch.tensor([[[-1.0, -3, 0], [-1, -1, -4]], [[-2, 0, 0], [-1, -1, 0]]]))
     earned = (0.5, 0.0, 0.25, 0.25)
     rewards = [Reward({"format": 1.0, "vd": vd}, {"verbs_said": 3}) for vd in earned]
-    advantages = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    advantages = torch.tensor([[0.0, -1.0], [0.0, 0.0]])
     rows = logs.describe(SimpleNamespace(picked=picked), rollouts, ["w", "x", "y", "z"], rewards,
                          advantages, [9])
     assert rows[1] == {"index": 8, "id": "a", "query": "a sits", "completion": "x", "reward": 1.0,

@@ -98,7 +98,7 @@ def test_a_broken_video_is_replaced_counted_and_named_once(folder, warm, tmp_pat
     for i, path in enumerate(sorted((folder / "videos").iterdir())):
         (videos / path.name).symlink_to(path if i % 2 else __file__)
     train.main(train_config(folder, tmp_path / "run", videos=str(videos), group_size=2,
-                            max_tokens=8, steps=4))
+                            max_tokens=8, steps=4, workers=1))
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith("replaced by another sample: ")]
     metrics, samples = figures(tmp_path / "run")
